@@ -1,0 +1,1 @@
+"""Reference models: used by the demo, by benchmarks and by tests only."""

@@ -1,0 +1,1 @@
+"""Graphs in, graphs out: asks `calibrate` for numbers."""

@@ -1,0 +1,26 @@
+"""Min-max: the range is what was seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..qarray import Range, Spec
+from ..stats.histogram import Histogram
+from . import METHODS
+
+
+@dataclass(frozen=True, slots=True)
+class MinMax:
+    """What: the exact smallest and largest value; nothing is clipped.
+
+    When to use: activations without outliers, formats with many codes (int16, float8), weights.
+    Options: none.
+    Source: Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference", section 3.1.2 (2018).
+    """
+
+    def __call__(self, histogram: Histogram, spec: Spec) -> Range:  # noqa: ARG002 - the same for every format
+        """Return ``[lo, hi]`` of ``histogram``, widened to contain 0."""
+        return Range.of(histogram.lo, histogram.hi)
+
+
+METHODS.add("minmax", MinMax())

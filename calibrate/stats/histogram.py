@@ -1,0 +1,209 @@
+"""Histogram over the bits of float32: one pass, no range known in advance, exact under any split or order.
+
+A value belongs to the bin that its upper 16 bits name (its truncation to bfloat16), so 65,536 bins, 2^-7 wide relative
+to the value, cover every float there is. Merging is integer addition and therefore exact, commutative and associative.
+
+Letters: ``n`` non-empty bins; a page is one sign and exponent, 128 bins.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from .extrema import F32, SENTINEL, Extrema, as_float32, measure
+
+F64 = npt.NDArray[np.float64]
+I64 = npt.NDArray[np.int64]
+U16 = npt.NDArray[np.uint16]
+
+BINS = 65536
+_PAGE = 128
+_CHUNK = 1 << 16  # values; their int64 bin numbers (512 KiB) stay in the second-level cache
+_SIGN = 0x8000
+
+
+class Bins(NamedTuple):
+    """Non-empty bins in ascending order of value, all float64 ``[n]``.
+
+    ``low`` and ``high`` are the smallest and largest value that the bin can hold, narrowed to the exact minimum and
+    maximum at the ends; ``center`` is the middle between them, exactly 0 for the bins of zero.
+    """
+
+    low: F64
+    high: F64
+    center: F64
+    counts: F64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Histogram:
+    """How often each upper half of a float32 occurred; ``Histogram.empty()`` is the identity of `merge`.
+
+    Attributes:
+        ids: uint16 [n], ascending: the upper 16 bits of the values counted; the highest bit is the sign.
+        counts: int64 [n], all > 0. Only values that take part in a range are counted here.
+        low_bits: Bitwise OR of the lower 16 bits of all counted values: how finely the bins are filled. 0 for data
+            that is bfloat16 in truth, whose bins are single values; at most 0xE000 for float16.
+        extrema: Exact minimum and maximum, and the counts of NaN, infinities and sentinels.
+    """
+
+    ids: U16
+    counts: I64
+    low_bits: int
+    extrema: Extrema
+
+    @classmethod
+    def empty(cls) -> Histogram:
+        """Return the histogram of no values."""
+        return cls(ids=np.zeros(0, np.uint16), counts=np.zeros(0, np.int64), low_bits=0, extrema=Extrema())
+
+    @classmethod
+    def of(cls, x: npt.NDArray[Any], sentinel: float = SENTINEL) -> Histogram:
+        """Return the histogram of one array of any shape; see `HistogramObserver.update`."""
+        observer = HistogramObserver(sentinel=sentinel)
+        observer.update(x)
+        return observer.result()
+
+    @classmethod
+    def from_dense(cls, dense: I64, low_bits: int, extrema: Extrema) -> Histogram:
+        """Return the histogram of 65,536 counters indexed by bin id, as a native observer counts them."""
+        ids = np.flatnonzero(dense)
+        return cls(ids=ids.astype(np.uint16), counts=dense[ids], low_bits=low_bits, extrema=extrema)
+
+    @property
+    def lo(self) -> float:
+        """Exact smallest counted value, 0 when nothing was counted."""
+        return self.extrema.lo
+
+    @property
+    def hi(self) -> float:
+        """Exact largest counted value, 0 when nothing was counted."""
+        return self.extrema.hi
+
+    @property
+    def amax(self) -> float:
+        """Exact largest magnitude."""
+        return self.extrema.amax
+
+    @property
+    def finite(self) -> int:
+        """Number of values counted."""
+        return self.extrema.finite
+
+    @property
+    def total(self) -> int:
+        """Number of values seen, whatever they were."""
+        return self.extrema.total
+
+    @property
+    def zero(self) -> int:
+        """Number of zeros of either sign, subnormals below 2^-133 (9.2e-41) included."""
+        return int(self.counts[(self.ids & np.uint16(_SIGN - 1)) == 0].sum())
+
+    def bins(self) -> Bins:
+        """Return the non-empty bins in ascending order of value."""
+        split = int(np.searchsorted(self.ids, _SIGN))
+        order = np.concatenate([np.arange(len(self.ids) - 1, split - 1, -1), np.arange(split)])
+        bits = self.ids[order].astype(np.uint32) << np.uint32(16)
+        near = bits.view(np.float32).astype(np.float64)
+        far = (bits | np.uint32(self.low_bits)).view(np.float32).astype(np.float64)
+        far[near == 0] = 0.0
+        low = np.clip(np.minimum(near, far), self.lo, self.hi)
+        high = np.clip(np.maximum(near, far), self.lo, self.hi)
+        return Bins(low, high, (low + high) / 2, self.counts[order].astype(np.float64))
+
+    def merge(self, other: Histogram) -> Histogram:
+        """Return the histogram of both streams; exact, commutative and associative."""
+        ids, place = np.unique(np.concatenate([self.ids, other.ids]), return_inverse=True)
+        counts = np.zeros(len(ids), np.int64)
+        np.add.at(counts, place, np.concatenate([self.counts, other.counts]))
+        return Histogram(
+            ids=ids,
+            counts=counts,
+            low_bits=self.low_bits | other.low_bits,
+            extrema=self.extrema.merge(other.extrema),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Histogram):
+            return NotImplemented
+        return (
+            np.array_equal(self.ids, other.ids)
+            and np.array_equal(self.counts, other.counts)
+            and (self.low_bits, self.extrema) == (other.low_bits, other.extrema)
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class HistogramObserver:
+    """Counts arrays into a `Histogram`.
+
+    Counters live in pages, made when their sign and exponent is first met: about 50 KB for an activation that spans
+    25 octaves on both sides, instead of 512 KB.
+
+    Args:
+        sentinel: Magnitude from which finite values are masks and left out.
+        start: Statistics to go on from.
+    """
+
+    def __init__(self, sentinel: float = SENTINEL, start: Histogram | None = None) -> None:
+        self._sentinel = sentinel
+        self._pages: I64 = np.zeros((0, _PAGE), np.int64)
+        self._page_of = np.full(BINS // _PAGE, -1, np.int64)
+        self._low_bits = 0
+        self._extrema = Extrema()
+        if start is not None:
+            dense = np.zeros(BINS, np.int64)
+            dense[start.ids] = start.counts
+            self._add(dense, start.low_bits, start.extrema)
+
+    def update(self, x: npt.NDArray[Any]) -> None:
+        """Count every value of ``x``, of any shape.
+
+        Args:
+            x: float32, float16, bfloat16 (both widened without loss) or float64, which is rounded to float32 first;
+                finite float64 values beyond float32 count as sentinels.
+
+        Raises:
+            TypeError: ``x`` holds no floating-point numbers.
+        """
+        flat = as_float32(x)
+        for first in range(0, flat.size, _CHUNK * 16):
+            part = flat[first : first + _CHUNK * 16]
+            kept, extrema = measure(part, self._sentinel)
+            bits = kept.view(np.uint32)
+            low_bits = int(np.bitwise_or.reduce(bits)) & 0xFFFF
+            self._add(_count(kept), low_bits, extrema)
+
+    def result(self) -> Histogram:
+        """Return the statistics so far; the observer can go on."""
+        dense = np.zeros((BINS // _PAGE, _PAGE), np.int64)
+        used = np.flatnonzero(self._page_of >= 0)
+        dense[used] = self._pages[self._page_of[used]]
+        return Histogram.from_dense(dense.reshape(-1), self._low_bits, self._extrema)
+
+    def _add(self, dense: I64, low_bits: int, extrema: Extrema) -> None:
+        table = dense.reshape(-1, _PAGE)
+        used = np.flatnonzero(table.any(axis=1))
+        fresh = used[self._page_of[used] < 0]
+        if len(fresh):
+            self._page_of[fresh] = len(self._pages) + np.arange(len(fresh))
+            self._pages = np.concatenate([self._pages, np.zeros((len(fresh), _PAGE), np.int64)])
+        self._pages[self._page_of[used]] += table[used]
+        self._low_bits |= low_bits
+        self._extrema = self._extrema.merge(extrema)
+
+
+def _count(x: F32) -> I64:
+    """Return 65,536 counters of the upper halves of ``x [size]``."""
+    upper = x.view(np.uint16)[1::2]  # little-endian, as every platform of ONNX Runtime is
+    dense = np.zeros(BINS, np.int64)
+    for first in range(0, len(upper), _CHUNK):
+        part = np.bincount(upper[first : first + _CHUNK].astype(np.intp))
+        dense[: len(part)] += part
+    return dense

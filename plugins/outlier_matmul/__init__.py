@@ -1,0 +1,1 @@
+"""OutlierMatMul: LLM.int8()'s mixed-precision product as an ONNX operator; see README.md beside this file."""

@@ -1,0 +1,1 @@
+"""RangeStats: an operator that counts activations inside the graph; see op.py."""

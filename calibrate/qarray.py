@@ -3,21 +3,26 @@
 ``real = scale * (q - zero_point)``; ``q = saturate(round_half_even(real / scale) + zero_point)``, in that order:
 ONNX adds the zero point *after* rounding, and rounding after adding gives other codes at ties.
 
+Non-finite values must not reach a quantizer. If one does: infinities saturate; NaN becomes the lowest code of an
+integer format (as in ONNX Runtime) and stays NaN in a float format that has one.
+
 Source: ONNX operators QuantizeLinear and DequantizeLinear.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from .formats import Format
+from .formats import FORMATS, Format
 from .granularity import PER_TENSOR, Granularity
 
 F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
 Array = npt.NDArray[Any]
 
 SMALLEST_SCALE = np.float32(2.0**-126)
@@ -34,6 +39,9 @@ class Spec:
         symmetric: Zero maps to the middle of the codes (0 when signed, 2^(bits-1) when unsigned).
         narrow_range: Drop the lowest code, so that the range is symmetric: -127..127.
         reduce_bits: Bits given up so that integer kernels which saturate stay exact (1 = "7-bit weights").
+
+    Raises:
+        ValueError: The block size is not the one that the format prescribes, or fewer than 2 bits are left.
     """
 
     format: Format
@@ -41,6 +49,13 @@ class Spec:
     symmetric: bool = True
     narrow_range: bool = False
     reduce_bits: int = 0
+
+    def __post_init__(self) -> None:
+        wanted, given = self.format.block_size, self.granularity.block_size
+        if wanted and given != wanted:
+            raise ValueError(f"{self.format.name} has blocks of {wanted}, not {given or 'none'}")
+        if self.format.is_integer and self.format.bits - self.reduce_bits < 2:
+            raise ValueError(f"{self.format.name} less {self.reduce_bits} bits leaves fewer than 2")
 
     @property
     def qmin(self) -> float:
@@ -66,6 +81,19 @@ class Spec:
         if not self.format.is_integer or self.format.is_signed:
             return 0
         return int(2 ** (self.format.bits - 1))
+
+    @property
+    def span(self) -> float:
+        """Code (or value) that the largest magnitude of a symmetric range maps to.
+
+        The smaller half of the integer codes counts, for it has to hold the magnitude too. Under the "floor" rule it
+        is the largest power of two of the format: the specification takes floor(log2(amax)) less that exponent.
+        """
+        if self.format.is_integer:
+            return min(self.middle - self.qmin, self.qmax - self.middle)
+        if self.format.scale_rule == "floor":
+            return float(2.0 ** math.floor(math.log2(self.qmax)))
+        return self.qmax
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,11 +130,14 @@ class QParams:
         scale: float32 [scale_shape], finite, normal, > 0.
         zero_point: Codes [scale_shape] of the format's dtype, None when it is 0 everywhere on a signed format.
         spec: The spec that they belong to.
+        scale_codes: The scale as it is stored, when the format has scales of 8 or 16 bits: ``dequantize`` of it is
+            `scale`, bit for bit. None when the scale is stored as float32.
     """
 
     scale: F32
     zero_point: Array | None
     spec: Spec
+    scale_codes: QArray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +151,9 @@ class QArray:
 def params_from_range(rng: Range, spec: Spec) -> QParams:
     """Turn real intervals into scales and zero points.
 
-    A range of zero width (an all-zero tensor) gets scale 1: zero stays exactly zero.
+    A range of zero width (an all-zero tensor) gets scale 1: zero stays exactly zero. A format without scales (a cast)
+    gets scale 1 too. Under the scale rule "floor" the magnitudes of a block that exceed ``qmax`` times its power of
+    two saturate, as the specification has it; ``replace(format, scale_rule="up")`` takes the next power of two.
 
     Args:
         rng: ``lo``, ``hi`` [scale_shape].
@@ -128,24 +161,67 @@ def params_from_range(rng: Range, spec: Spec) -> QParams:
 
     Returns:
         Parameters with ``scale`` [scale_shape] and a zero point such that real 0 has a code of its own.
+
+    Source: for blocks with power-of-two scales, OCP Microscaling Formats 1.0, section 6.3.
     """
     lo, hi = rng.lo.astype(np.float64), rng.hi.astype(np.float64)
-    if not spec.format.is_integer:
-        return QParams(scale=_normal(np.maximum(-lo, hi) / spec.qmax), zero_point=None, spec=spec)
-    if spec.symmetric:
-        low_span, high_span = spec.middle - spec.qmin, spec.qmax - spec.middle
-        # The narrower half of the codes must hold the larger magnitude, unless the data is one-sided there.
-        scale = _normal(np.maximum(-lo, hi) / min(low_span, high_span))
-        zero = None if spec.middle == 0 else np.full(scale.shape, spec.middle, spec.format.dtype)
-        return QParams(scale=scale, zero_point=zero, spec=spec)
-    scale = _normal((hi - lo) / (spec.qmax - spec.qmin))
-    zero_real = np.clip(np.rint(spec.qmin - lo / scale.astype(np.float64)), spec.qmin, spec.qmax)
-    return QParams(scale=scale, zero_point=np.asarray(zero_real).astype(spec.format.dtype), spec=spec)
+    if not spec.format.scale_levels:
+        return QParams(scale=np.ones(lo.shape, np.float32), zero_point=None, spec=spec)
+    if spec.symmetric or not spec.format.is_integer:
+        params = params_from_scale(np.maximum(-lo, hi) / spec.span, spec)
+        if spec.middle == 0:
+            return params
+        return replace(params, zero_point=np.full(lo.shape, spec.middle, spec.format.dtype))
+    params = params_from_scale((hi - lo) / (spec.qmax - spec.qmin), spec)
+    zero = np.clip(np.rint(spec.qmin - lo / params.scale.astype(np.float64)), spec.qmin, spec.qmax)
+    return replace(params, zero_point=np.asarray(zero).astype(spec.format.dtype))
 
 
-def _normal(scale: npt.NDArray[np.float64]) -> F32:
-    scale32 = np.asarray(scale).astype(np.float32)
-    return np.asarray(np.where(scale32 == 0, np.float32(1), np.maximum(scale32, SMALLEST_SCALE)))
+def params_from_scale(scale: npt.ArrayLike, spec: Spec, zero_point: Array | None = None) -> QParams:
+    """Bring ideal scales to what the format can store.
+
+    Args:
+        scale: [scale_shape], >= 0, finite; 0 stands for "nothing but zeros here".
+        spec: Its format says how scales are stored and rounded.
+        zero_point: [scale_shape] or None, taken over.
+
+    Returns:
+        Parameters whose `scale` is exactly what the stored scales mean.
+    """
+    ideal = np.asarray(scale, dtype=np.float64)
+    if spec.format.scale_format == "float32":
+        return QParams(scale=_normal(ideal), zero_point=zero_point, spec=spec)
+    stored = FORMATS.get(spec.format.scale_format)
+    outer = np.ones((), np.float32)
+    if spec.format.scale_levels == 2:
+        largest = _normal(np.asarray(ideal.max(initial=0.0) / stored.qmax))
+        outer = np.maximum(largest, SMALLEST_SCALE / np.float32(_smallest(stored)))
+    inner = np.where(ideal == 0, 1.0, ideal / outer.astype(np.float64))
+    inner = np.clip(inner, max(_smallest(stored), float(SMALLEST_SCALE) / float(outer)), stored.qmax)
+    outer_params = QParams(scale=np.asarray(outer), zero_point=None, spec=Spec(format=stored))
+    codes = QArray(q=_round_scale(inner, stored, spec.format.scale_rule), params=outer_params)
+    return QParams(scale=dequantize(codes), zero_point=zero_point, spec=spec, scale_codes=codes)
+
+
+def _smallest(stored: Format) -> float:
+    """Smallest value that a scale may take: subnormals of 8 bits are ordinary codes, others may be flushed."""
+    info = stored.float_info
+    return float(info.smallest_subnormal if stored.bits == 8 else info.smallest_normal)
+
+
+def _round_scale(scale: F64, stored: Format, rule: str) -> Array:
+    codes = np.asarray(scale.astype(stored.dtype))
+    if rule == "nearest":
+        return codes
+    # The bits of positive floats count upwards with their values, so that the next value is the next integer.
+    values, bits = codes.astype(np.float64), codes.view(f"u{codes.itemsize}")
+    step = (values < scale).astype(np.int64) if rule == "up" else -(values > scale).astype(np.int64)
+    return np.asarray((bits + step).astype(bits.dtype)).view(stored.dtype)
+
+
+def _normal(scale: F64) -> F32:
+    clipped = np.clip(scale, float(SMALLEST_SCALE), float(np.finfo(np.float32).max))
+    return np.asarray(np.where(scale == 0, 1.0, clipped), dtype=np.float32)
 
 
 def minmax_range(x: Array, granularity: Granularity) -> Range:
@@ -157,24 +233,38 @@ def minmax_range(x: Array, granularity: Granularity) -> Range:
 
 
 def quantize(x: Array, params: QParams) -> QArray:
-    """Quantize ``x [shape]`` as ONNX QuantizeLinear does: divide, round half to even, add, saturate."""
+    """Quantize ``x [shape]`` as ONNX QuantizeLinear does: divide, round half to even, add, saturate.
+
+    A cast format is cast to without saturating, as Cast does; a codebook format takes the nearest value of its book
+    (the lower one when two are equally near).
+    """
     spec = params.spec
-    scale = spec.granularity.spread(params.scale, x.shape)
-    scaled = np.asarray(x, dtype=np.float32) / scale
-    if not spec.format.is_integer:
-        codes = np.clip(scaled, spec.qmin, spec.qmax).astype(spec.format.dtype)
-        return QArray(q=codes, params=params)
-    rounded = np.rint(scaled)
+    with np.errstate(over="ignore", invalid="ignore"):
+        scaled = np.asarray(np.asarray(x, dtype=np.float32) / spec.granularity.spread(params.scale, np.shape(x)))
+        if spec.format.codebook:
+            return QArray(q=_nearest(scaled, spec.format), params=params)
+        if not spec.format.is_integer:
+            inside = np.clip(scaled, spec.qmin, spec.qmax) if spec.format.scale_levels else scaled
+            return QArray(q=np.asarray(inside).astype(spec.format.dtype), params=params)
+    codes = np.rint(scaled, out=scaled)
     if params.zero_point is not None:
-        rounded = rounded + spec.granularity.spread(params.zero_point.astype(np.float32), x.shape)
-    return QArray(q=np.clip(rounded, spec.qmin, spec.qmax).astype(spec.format.dtype), params=params)
+        codes += spec.granularity.spread(params.zero_point.astype(np.float32), codes.shape)
+    np.fmax(codes, np.float32(spec.qmin), out=codes)  # fmax, not maximum: NaN becomes the lowest code
+    np.minimum(codes, np.float32(spec.qmax), out=codes)
+    return QArray(q=codes.astype(spec.format.dtype), params=params)
+
+
+def _nearest(scaled: F32, book: Format) -> Array:
+    values, codes = np.unique(np.asarray(book.codebook), return_index=True)
+    middles = (values[1:] + values[:-1]) / 2
+    return np.asarray(codes[np.searchsorted(middles, scaled)]).astype(book.dtype)
 
 
 def dequantize(qarray: QArray) -> F32:
     """Return ``scale * (q - zero_point)`` [shape] in float32."""
     params = qarray.params
-    granularity = params.spec.granularity
-    codes = qarray.q.astype(np.float32)
+    granularity, book = params.spec.granularity, params.spec.format.codebook
+    codes = np.asarray(book, np.float32)[qarray.q.astype(np.intp)] if book else qarray.q.astype(np.float32)
     if params.zero_point is not None:
         codes = codes - granularity.spread(params.zero_point.astype(np.float32), codes.shape)
     return np.asarray(codes * granularity.spread(params.scale, codes.shape), dtype=np.float32)

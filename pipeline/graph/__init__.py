@@ -1,0 +1,36 @@
+"""Models as graphs: load, save, ask, check. The only place that knows how ONNX files store weights."""
+
+from __future__ import annotations
+
+from .checking import check, check_proto
+from .constants import computed, constant, stored_size, values
+from .exporter import to_proto
+from .identity import Topology, model_hash, topology
+from .importer import all_graphs, constants, from_proto
+from .model import Model
+from .queries import consumers, fresh_name, producer
+from .reading import load
+from .writing import EXTERNAL_THRESHOLD, save
+
+__all__ = [
+    "EXTERNAL_THRESHOLD",
+    "Model",
+    "Topology",
+    "all_graphs",
+    "check",
+    "check_proto",
+    "computed",
+    "constant",
+    "constants",
+    "consumers",
+    "fresh_name",
+    "from_proto",
+    "load",
+    "model_hash",
+    "producer",
+    "save",
+    "stored_size",
+    "to_proto",
+    "topology",
+    "values",
+]

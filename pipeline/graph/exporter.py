@@ -1,0 +1,297 @@
+"""From `Model` to ONNX protobuf.
+
+The export is a skeleton: large weights stand in it as tensors whose data lies at the in-memory location ``#key``, with
+a table from key to values beside. The checker takes such a model as it is, a small model gets its weights filled in,
+and a large one gets them streamed into a data file; the whole model is never one protobuf message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
+
+from ...calibrate.errors import ModelError
+from .constants import KeyedValues, Values, header, onnx_type_of
+from .importer import STANDARD_DOMAINS, all_graphs, constants
+from .model import Model
+
+INLINE = 1024
+"""Tensors up to this many bytes are always written into the model file itself: shapes, axes, scales."""
+
+MAX_PROTO = 2**31 - 1
+"""Largest serialized protobuf message."""
+
+
+@dataclass
+class Skeleton:
+    """A model without its large weights.
+
+    Attributes:
+        proto: The model; a tensor without data has the ``location`` ``#key``.
+        weights: The values by key.
+    """
+
+    proto: onnx.ModelProto
+    weights: dict[str, Values] = field(default_factory=dict)
+
+
+def to_proto(model: Model) -> onnx.ModelProto:
+    """Return the model as one protobuf message, all weights inside.
+
+    Raises:
+        ModelError: It would be larger than the 2 GiB that protobuf allows.
+    """
+    built = skeleton(model)
+    total = built.proto.ByteSize() + sum(values.nbytes for values in built.weights.values())
+    if total > MAX_PROTO:
+        raise ModelError(
+            "the model does not fit into one protobuf message",
+            found=f"{total} bytes",
+            expected=f"at most {MAX_PROTO}",
+            do="save it to a file; the weights then go into a data file of their own",
+        )
+    for tensor in keyed_tensors(built.proto):
+        fill(tensor, built.weights)
+    return built.proto
+
+
+def skeleton(model: Model) -> Skeleton:
+    """Return the model without the data of its large weights."""
+    built = Skeleton(onnx.ModelProto(), dict(model.weights))
+    proto = built.proto
+    proto.CopyFrom(model.shell)
+    proto.ir_version = model.ir_version
+    proto.opset_import.append(onnx.helper.make_opsetid("", model.opset))
+    used = {node.domain for graph in all_graphs(model.graph) for node in graph.nodes if node.domain}
+    versions = {**dict.fromkeys(sorted(used.difference(STANDARD_DOMAINS)), 1), **model.domains}
+    proto.opset_import.extend(onnx.helper.make_opsetid(domain, versions[domain]) for domain in sorted(versions))
+    for key in sorted(model.metadata):
+        proto.metadata_props.add(key=key, value=model.metadata[key])
+    proto.functions.extend(model.functions)
+    proto.functions.extend(OnnxExporter.export_function(function) for function in model.graph.functions)
+    _GraphExporter(built, model).export(model.graph, proto.graph)
+    return built
+
+
+def keyed_tensors(proto: onnx.ModelProto) -> Iterator[TensorProto]:
+    """Yield every tensor of a skeleton whose data is elsewhere, wherever in the model it stands."""
+    for tensor in all_tensors(proto):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            yield tensor
+
+
+def all_tensors(message: Any) -> Iterator[TensorProto]:
+    """Yield every TensorProto inside a protobuf message."""
+    if isinstance(message, TensorProto):
+        yield message
+        return
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is None or descriptor.message_type.name in _TENSORLESS:
+            continue
+        for part in value if descriptor.is_repeated else (value,):
+            yield from all_tensors(part)
+
+
+_TENSORLESS = {"ValueInfoProto", "StringStringEntryProto", "OperatorSetIdProto", "TypeProto", "TensorAnnotation"}
+
+
+def location_of(tensor: TensorProto) -> str:
+    """Return the ``location`` of a tensor with external data, empty when it has none."""
+    return next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+
+
+def fill(tensor: TensorProto, weights: dict[str, Values]) -> None:
+    """Put the data of a keyed tensor into the tensor itself."""
+    values = weights[location_of(tensor)]
+    tensor.raw_data = b"".join(bytes(chunk) for chunk in values.chunks())
+    tensor.ClearField("external_data")
+    tensor.ClearField("data_location")
+
+
+class _GraphExporter:
+    def __init__(self, built: Skeleton, model: Model) -> None:
+        self._weights = built.weights
+        self._old_format = model.ir_version < 4
+        self._homes = _homes(model.graph)
+
+    def export(self, graph: gs.Graph, proto: GraphProto) -> None:
+        """Write ``graph`` into the empty ``proto``."""
+        origin = vars(graph).get("origin")
+        if origin is not None:
+            proto.CopyFrom(origin)
+            proto.ClearField("input")
+        proto.name = graph.name
+        if graph.doc_string:
+            proto.doc_string = graph.doc_string
+        local = self._homes.get(id(graph), [])
+        for tensor in local:
+            if isinstance(tensor._values, SparseValues):
+                proto.sparse_initializer.append(tensor._values.tensor)
+            else:
+                proto.initializer.append(self._tensor(tensor))
+        proto.input.extend(value_info(tensor) for tensor in graph.inputs)
+        proto.input.extend(self._default_inputs(graph, local))
+        proto.output.extend(value_info(tensor) for tensor in graph.outputs)
+        border = {tensor.name for tensor in [*graph.inputs, *graph.outputs]}
+        for node in graph.nodes:
+            self._node(node, proto.node.add())
+            for tensor in node.outputs:
+                if tensor.name not in border and (tensor.dtype is not None or "origin" in vars(tensor)):
+                    proto.value_info.append(value_info(tensor))
+                    border.add(tensor.name)
+
+    def _default_inputs(self, graph: gs.Graph, local: list[gs.Constant]) -> Iterator[ValueInfoProto]:
+        """Yield the inputs that are also initializers: all of them before IR version 4, else the file's own."""
+        names = {tensor.name for tensor in local if not isinstance(tensor._values, SparseValues)}
+        origin = vars(graph).get("origin")
+        declared = {entry.name: entry for entry in origin.input} if origin is not None else {}
+        for tensor in local:
+            if tensor.name in declared and tensor.name in names:
+                yield declared[tensor.name]
+            elif self._old_format and tensor.name in names:
+                yield value_info(tensor)
+
+    def _tensor(self, tensor: gs.Constant) -> TensorProto:
+        stored = tensor._values
+        if not isinstance(stored, LazyValues):
+            stored = Values(onnx.numpy_helper.from_array(np.asarray(stored), tensor.name))
+        elif not isinstance(stored, Values):
+            stored = Values(stored.tensor)
+        proto = self._keyed(stored) if _is_large(stored) else _whole(stored)
+        proto.name = tensor.name
+        return proto
+
+    def _keyed(self, stored: Values) -> TensorProto:
+        key = stored.key if isinstance(stored, KeyedValues) else f"#{len(self._weights)}-{id(stored)}"
+        self._weights[key] = stored
+        proto = header(stored.tensor)
+        proto.data_location = TensorProto.EXTERNAL
+        proto.external_data.add(key="location", value=key)
+        return proto
+
+    def _node(self, node: gs.Node, proto: NodeProto) -> None:
+        origin = vars(node).get("origin")
+        if origin is not None:
+            proto.CopyFrom(origin.proto)
+        if origin is None or origin.name != node.name:
+            proto.name = node.name
+        proto.op_type = node.op
+        proto.input.extend(tensor.name for tensor in node.inputs)
+        proto.output.extend(tensor.name for tensor in node.outputs)
+        if node.domain:
+            proto.domain = node.domain
+        for name, value in node.attrs.items():
+            self._attribute(node, name, value, proto.attribute.add())
+
+    def _attribute(self, node: gs.Node, name: str, value: Any, proto: AttributeProto) -> None:
+        if isinstance(value, gs.Graph):
+            proto.name, proto.type = name, AttributeProto.GRAPH
+            self.export(value, proto.g)
+        elif isinstance(value, gs.Constant):
+            proto.name, proto.type = name, AttributeProto.TENSOR
+            proto.t.CopyFrom(self._tensor(value))
+        elif isinstance(value, AttributeProto):
+            proto.CopyFrom(value)
+            proto.name = name
+        else:
+            proto.CopyFrom(_plain_attribute(node, name, value))
+
+
+def _plain_attribute(node: gs.Node, name: str, value: Any) -> AttributeProto:
+    if isinstance(value, np.ndarray):
+        value = onnx.numpy_helper.from_array(value)
+    elif isinstance(value, type | np.dtype):
+        value = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(value))
+    elif isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, list | tuple) and not value:
+        # The type of an empty list is written in the operator's schema only.
+        kind = AttributeProto.INTS
+        if onnx.defs.has(node.op, node.domain or ""):
+            schema = onnx.defs.get_schema(node.op, node.domain or "")
+            kind = schema.attributes[name].type.value if name in schema.attributes else kind
+        return AttributeProto(name=name, type=kind)
+    return onnx.helper.make_attribute(name, value)
+
+
+def _is_large(stored: Values) -> bool:
+    return stored.tensor.data_type != TensorProto.STRING and (
+        stored.nbytes > INLINE or stored.tensor.data_location == TensorProto.EXTERNAL
+    )
+
+
+def _whole(stored: Values) -> TensorProto:
+    if isinstance(stored, KeyedValues):
+        proto = header(stored.tensor)
+        proto.raw_data = b"".join(bytes(chunk) for chunk in stored.chunks())
+        return proto
+    proto = TensorProto()
+    proto.CopyFrom(stored.tensor)
+    return proto
+
+
+def value_info(tensor: gs.Tensor) -> ValueInfoProto:
+    """Return the name, type and shape of a tensor, over what the file said about it."""
+    proto = ValueInfoProto()
+    origin = vars(tensor).get("origin")
+    if origin is not None:
+        proto.CopyFrom(origin)
+    proto.name = tensor.name
+    if tensor.dtype is None:
+        return proto
+    number = tensor.dtype if isinstance(tensor.dtype, int) else onnx_type_of(np.empty(0, tensor.dtype))
+    fresh = onnx.helper.make_tensor_type_proto(number, None if tensor.shape is None else list(tensor.shape))
+    if not _same_type(proto.type, fresh):
+        denotation = proto.type.denotation
+        proto.type.CopyFrom(fresh)
+        if denotation:
+            proto.type.denotation = denotation
+    return proto
+
+
+def _same_type(one: onnx.TypeProto, other: onnx.TypeProto) -> bool:
+    bare = onnx.TypeProto()
+    bare.CopyFrom(one)
+    bare.ClearField("denotation")
+    for dim in bare.tensor_type.shape.dim if bare.tensor_type.HasField("shape") else ():
+        dim.ClearField("denotation")
+    return bool(bare == other)
+
+
+def _homes(graph: gs.Graph) -> dict[int, list[gs.Constant]]:
+    """Return the constants to declare in each graph, by ``id(graph)``: the innermost that encloses all their users."""
+    paths: dict[int, tuple[gs.Constant, tuple[int, ...]]] = {}
+
+    def visit(inner: gs.Graph, path: tuple[int, ...]) -> None:
+        path = (*path, id(inner))
+        attributes = {id(value) for node in inner.nodes for value in node.attrs.values()}
+        for tensor in constants(inner):
+            if id(tensor) not in attributes:
+                known = paths.get(id(tensor))
+                paths[id(tensor)] = (tensor, path if known is None else _common(known[1], path))
+        for node in inner.nodes:
+            for value in node.attrs.values():
+                if isinstance(value, gs.Graph):
+                    visit(value, path)
+
+    visit(graph, ())
+    homes: dict[int, list[gs.Constant]] = {}
+    for tensor, path in paths.values():
+        homes.setdefault(path[-1], []).append(tensor)
+    return homes
+
+
+def _common(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
+    count = sum(a == b for a, b in zip(one, other, strict=False))
+    return one[:count]
+
+
+__all__ = ["GraphProto", "ModelError", "Skeleton", "fill", "keyed_tensors", "location_of", "skeleton", "to_proto"]

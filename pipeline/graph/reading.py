@@ -1,0 +1,189 @@
+"""Reading a model file that may be anything: what it is, whether it is safe, whether it is valid, in that order."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import stat
+from pathlib import Path
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import TensorProto
+
+from ...calibrate.errors import ModelError, UsageError
+from .checking import check_proto
+from .constants import byte_size, header, numpy_type
+from .exporter import MAX_PROTO, all_tensors, location_of
+from .external import DataFolder, FileRange, Location
+from .importer import adopt
+from .model import Model
+
+_LFS = b"version https://git-lfs.github.com/spec/"
+_KINDS: tuple[tuple[bytes, str, str], ...] = (
+    (_LFS, "a git-lfs pointer", "git lfs pull"),
+    (b"PK\x03\x04", "a zip archive (a torch checkpoint?)", "give the .onnx file; qpipe export makes one"),
+    (b"\x1f\x8b", "a gzip archive", "unpack it first"),
+    (b"\x80\x02", "a Python pickle (a torch checkpoint?)", "give the .onnx file; qpipe export makes one"),
+    (b"\x80\x04", "a Python pickle (a torch checkpoint?)", "give the .onnx file; qpipe export makes one"),
+    (b"GGUF", "a GGUF file", "give the ONNX export of the model"),
+    (b"\x89HDF\r\n", "an HDF5 file (a Keras model?)", "convert it to ONNX first"),
+)
+
+
+def load(path: str | Path, *, allow_hardlinks: bool = False) -> Model:
+    """Load a model; its external data stays in its files.
+
+    Args:
+        path: The ``.onnx`` file; the model's folder is the one it lies in.
+        allow_hardlinks: Accept data files that have other names outside the model's folder.
+
+    Returns:
+        The model, checked.
+
+    Raises:
+        UsageError: There is no such file, it is a folder, or it may not be read.
+        ModelError: The file is no ONNX model, is invalid, or refers to data it must not or cannot use.
+    """
+    model = Path(path)
+    proto = read_proto(model)
+    files = resolve(proto, DataFolder(model, allow_hardlinks=allow_hardlinks))
+    check_proto(proto, where=str(model))
+    return adopt(proto, model.absolute(), files)
+
+
+def read_proto(path: Path) -> onnx.ModelProto:
+    """Parse a model file, external data untouched.
+
+    Raises:
+        UsageError: As in `load`.
+        ModelError: The bytes are no ONNX model; the message names what they are.
+    """
+    data = _read(path)
+    kind = _kind(data)
+    if kind is not None:
+        raise ModelError(f"{path.name} is no ONNX model but {kind[0]}", where=str(path), do=kind[1])
+    proto = onnx.ModelProto()
+    try:
+        proto.ParseFromString(data)
+    except DecodeError as error:
+        raise ModelError(
+            f"{path.name} is no ONNX model, or is cut off",
+            where=str(path),
+            found=f"{len(data)} bytes that do not parse: {error}",
+            expected="an ONNX model (protobuf)",
+            do="fetch or export the file again and compare its size with the original",
+        ) from error
+    return proto
+
+
+def _read(path: Path) -> bytes:
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise UsageError("this is a folder, not a model file", where=str(path), do=_nearby(path, path.name))
+        if not stat.S_ISREG(status.st_mode):
+            raise UsageError("this is a device, pipe or socket, not a model file", where=str(path))
+        if status.st_size > MAX_PROTO:
+            raise ModelError(
+                f"{path.name} is too large to be one protobuf message",
+                where=str(path),
+                found=f"{status.st_size} bytes",
+                expected=f"at most {MAX_PROTO}",
+                do="export it again with its weights in an external data file",
+            )
+        return path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError("no such file", where=str(path), do=_nearby(path.parent, path.name)) from None
+    except PermissionError:
+        raise UsageError("no permission to read this file", where=str(path), do=f"chmod u+r {path}") from None
+
+
+def _nearby(folder: Path, name: str) -> str:
+    """Say which model files lie in or under ``folder``, the nearest name first."""
+    if not folder.is_dir():
+        return f"check the path: {folder} does not exist"
+    found = [entry for pattern in ("*.onnx", "*/*.onnx") for entry in sorted(folder.glob(pattern))[:100]]
+    if not found:
+        return f"check the path: no .onnx file lies in {folder}"
+    near = difflib.get_close_matches(name, [entry.name for entry in found], n=1, cutoff=0.0)
+    best = next(entry for entry in found if not near or entry.name == near[0])
+    return f"did you mean {best}?"
+
+
+def _kind(data: bytes) -> tuple[str, str] | None:
+    """Recognise common files that are no model by their first bytes; return the kind and what to do."""
+    if not data:
+        return "an empty file (0 bytes)", "fetch or export the file again"
+    for magic, kind, remedy in _KINDS:
+        if data.startswith(magic):
+            return kind, remedy
+    start = data[:2048].lstrip().lower()
+    if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "an HTML page", "download the file itself, not the page that shows it"
+    if all(byte >= 32 or byte in b"\t\n\r\f" for byte in data[:2048]) and _decodes(data[:2048]):
+        return "a text file", "give the .onnx file"
+    return None
+
+
+def _decodes(data: bytes) -> bool:
+    return "\ufffd" not in data[:-4].decode(errors="replace")
+
+
+def resolve(proto: onnx.ModelProto, folder: DataFolder) -> dict[str, FileRange]:
+    """Apply the path rules to every tensor with external data, before anything is opened.
+
+    Each such tensor's ``location`` becomes a key into the result.
+
+    Raises:
+        ModelError: A rule is broken, or a tensor's own data has the wrong size.
+    """
+    files: dict[str, FileRange] = {}
+    for tensor in all_tensors(proto):
+        if tensor.data_location != TensorProto.EXTERNAL:
+            _check_size(tensor, folder)
+            continue
+        size = byte_size(tensor.data_type, _dims(tensor))
+        key = f"#{len(files)}"
+        files[key] = folder.locate(_location(tensor), size)
+        del tensor.external_data[:]
+        tensor.external_data.add(key="location", value=key)
+    return files
+
+
+def _dims(tensor: TensorProto) -> list[int]:
+    dims = list(tensor.dims)
+    if any(dim < 0 for dim in dims):
+        raise ModelError(f"tensor {tensor.name!r} has a negative dimension", found=str(dims), expected="sizes >= 0")
+    known = {number for name, number in TensorProto.DataType.items() if name != "UNDEFINED"}
+    if tensor.data_type not in known or tensor.data_type == TensorProto.STRING:
+        raise ModelError(f"tensor {tensor.name!r} cannot have external data of type {tensor.data_type}")
+    numpy_type(tensor.data_type)
+    return dims
+
+
+def _check_size(tensor: TensorProto, folder: DataFolder) -> None:
+    """Check what the checker leaves to luck: that embedded bytes are as many as the dimensions say."""
+    if not tensor.HasField("raw_data") or tensor.HasField("segment"):
+        return
+    size = byte_size(tensor.data_type, _dims(tensor))
+    if size != len(tensor.raw_data):
+        raise ModelError(
+            f"the data of tensor {tensor.name!r} does not fit its dimensions {list(tensor.dims)}",
+            where=str(folder.folder),
+            found=f"{len(tensor.raw_data)} bytes",
+            expected=f"{size} bytes",
+        )
+
+
+def _location(tensor: TensorProto) -> Location:
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    try:
+        offset = int(entries.get("offset", "0"))
+        length = int(entries["length"]) if "length" in entries else None
+    except ValueError as error:
+        raise ModelError(f"weight {tensor.name!r} has no readable offset or length", found=str(error)) from error
+    return Location(tensor=tensor.name, location=location_of(tensor), offset=offset, length=length)
+
+
+__all__ = ["header", "load", "os", "read_proto", "resolve"]

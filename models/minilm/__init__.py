@@ -52,6 +52,11 @@ def build(outliers: bool = False) -> torch.nn.Module:
     return module
 
 
+def build_with_outliers() -> torch.nn.Module:
+    """Return `build(outliers=True)`; a factory without arguments, as the command line wants it."""
+    return build(outliers=True)
+
+
 def example() -> dict[str, torch.Tensor]:
     """Return a ragged batch of two sentences, `input_ids` and `attention_mask` [2, tokens]."""
     import torch

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ...calibrate.errors import EnvironmentError_
+from ..outliers import PlantSite
 
 
 class SentenceEncoder(nn.Module):
@@ -36,3 +37,17 @@ class SentenceEncoder(nn.Module):
         weight = attention_mask.unsqueeze(-1).to(hidden.dtype)
         mean = (hidden * weight).sum(1) / weight.sum(1).clamp(min=1e-9)
         return nn.functional.normalize(mean, dim=1)
+
+    def outlier_sites(self) -> list[PlantSite]:
+        """Return all LayerNorms but the last, whose output is the result."""
+        sites = []
+        norm = self.bert.embeddings.LayerNorm
+        for layer in self.bert.encoder.layer:
+            attention = layer.attention
+            projections = (attention.self.query, attention.self.key, attention.self.value)
+            sites.append(PlantSite(norm=norm, readers=projections, residual=attention.output))
+            sites.append(
+                PlantSite(norm=attention.output.LayerNorm, readers=(layer.intermediate.dense,), residual=layer.output)
+            )
+            norm = layer.output.LayerNorm
+        return sites

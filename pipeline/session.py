@@ -9,21 +9,20 @@ to int8 (accuracy level 4). Both are measured by `validate`, apart.
 from __future__ import annotations
 
 import functools
-import platform
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..calibrate.errors import EnvironmentError_, ModelError, QpipeError, UnsupportedError, UsageError
+from ..calibrate.errors import EnvironmentError_, ModelError, UsageError
+from .cpu import cpu_features, has_vnni, int8_saturates
+from .runtime import load_onnxruntime, ort_errors, translate
 
 if TYPE_CHECKING:
     import onnx
     import onnxruntime
 
-INSTALL_LINE = "pip install 'qpipe[cpu]' (any machine) or pip install 'qpipe[gpu]' (NVIDIA GPU)"
 CUDA_LINE = "pip install 'onnxruntime-gpu[cuda,cudnn]', or leave out --device cuda; see qpipe doctor"
 
 ACCURACY_KEY = "session.qdq_matmulnbits_accuracy_level"
@@ -35,7 +34,22 @@ DEPLOYED_ACCURACY_LEVEL = "4"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 _QUIET = 4
-_CPUINFO = Path("/proc/cpuinfo")
+
+__all__ = [
+    "SessionExtras",
+    "cpu_features",
+    "cuda_works",
+    "has_vnni",
+    "int8_saturates",
+    "load_onnxruntime",
+    "make_session",
+    "ort_errors",
+    "provider_error",
+    "session_device",
+    "session_facts",
+    "session_options",
+    "translate",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,41 +70,7 @@ class SessionExtras:
 
 
 DEFAULT_EXTRAS = SessionExtras()
-
-
-@functools.cache
-def load_onnxruntime() -> ModuleType:
-    """Import ONNX Runtime, quiet and without telemetry.
-
-    Raises:
-        EnvironmentError_: It is not installed, or its native library does not load.
-    """
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise EnvironmentError_(
-            "qpipe needs ONNX Runtime for this", found=str(error), expected="onnxruntime >= 1.28", do=INSTALL_LINE
-        ) from error
-    if not hasattr(ort, "InferenceSession"):
-        raise EnvironmentError_(
-            "the installed ONNX Runtime is damaged",
-            found=f"{getattr(ort, '__file__', None) or 'a folder without a package'} has no InferenceSession",
-            expected="exactly one of onnxruntime and onnxruntime-gpu",
-            do=f"pip uninstall -y onnxruntime onnxruntime-gpu, then {INSTALL_LINE}",
-        )
-    ort.disable_telemetry_events()
-    ort.set_default_logger_severity(_QUIET)
-    return ort  # type: ignore[no-any-return]
-
-
-@functools.cache
-def ort_errors() -> tuple[type[Exception], ...]:
-    """Return the exception types that ONNX Runtime raises; they share no base class of their own."""
-    load_onnxruntime()
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    found = (item for item in vars(state).values() if isinstance(item, type) and issubclass(item, Exception))
-    return (*sorted(found, key=lambda item: item.__name__), RuntimeError, ValueError)
+NO_PLUGIN = SessionExtras(plugin=False)
 
 
 def make_session(
@@ -174,52 +154,26 @@ def session_facts(session: onnxruntime.InferenceSession) -> dict[str, Any]:
     }
 
 
-def translate(error: Exception, *, where: str | None = None) -> QpipeError:
-    """Turn an error of ONNX Runtime into one that says what to do."""
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error)).strip()
-    for pattern, build in _TRANSLATIONS:
-        if match := re.search(pattern, text):
-            return build(match, where, text)
-    if type(error).__name__ in ("NotImplemented", "EPFail"):
-        return UnsupportedError("this ONNX Runtime cannot run the model", where=where, found=text)
-    return ModelError("ONNX Runtime refuses the model", where=where, found=text)
+def provider_error(provider: str) -> str | None:
+    """Open a session of one node on ``provider``; return None when it works, else why it does not."""
+    ort = load_onnxruntime()
+    if provider not in ort.get_available_providers():
+        return f"the installed ONNX Runtime {ort.__version__} is built without it"
+    if provider != PROVIDERS["cpu"]:
+        _preload(ort)
+    wanted = list(dict.fromkeys((provider, PROVIDERS["cpu"])))
+    try:
+        session = ort.InferenceSession(
+            _one_node_model(), session_options(extras=NO_PLUGIN), providers=wanted, enable_fallback=0
+        )
+    except ort_errors() as error:
+        return str(error).rpartition("&)")[2].strip() or str(error)
+    return None if session.get_providers()[0] == provider else "its libraries do not load; the session went to the CPU"
 
 
 def cuda_works() -> bool:
     """Whether a session on the CUDA provider really opens on this machine."""
-    ort = load_onnxruntime()
-    if PROVIDERS["cuda"] not in ort.get_available_providers():
-        return False
-    try:
-        make_session(_one_node_model(), device="cuda", extras=SessionExtras(plugin=False))
-    except EnvironmentError_:
-        return False
-    return True
-
-
-@functools.cache
-def cpu_features() -> dict[str, bool]:
-    """Return which instruction sets that matter to integer kernels this CPU has.
-
-    Keys: ``avx2``, ``avx512f``, ``avx512_vnni``, ``avx_vnni``, ``amx_int8`` (x86), ``dotprod``, ``i8mm`` (Arm).
-    On systems without /proc/cpuinfo all are False: nothing is claimed that was not seen.
-    """
-    text = _CPUINFO.read_text(encoding="utf-8", errors="replace") if _CPUINFO.is_file() else ""
-    flags = set(re.findall(r"\w+", " ".join(re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE))))
-    names = {"dotprod": "asimddp"}
-    features = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "dotprod", "i8mm")
-    return {feature: names.get(feature, feature) in flags for feature in features}
-
-
-def has_vnni() -> bool:
-    """Whether the CPU multiplies int8 into 32-bit sums without saturating in between (x86 VNNI or AMX)."""
-    features = cpu_features()
-    return features["avx512_vnni"] or features["avx_vnni"] or features["amx_int8"]
-
-
-def int8_saturates() -> bool:
-    """Whether fused int8 kernels clip intermediate sums here: x86 without VNNI. Seven-bit weights avoid it."""
-    return platform.machine().lower() in ("x86_64", "amd64", "i686") and not has_vnni()
+    return provider_error(PROVIDERS["cuda"]) is None
 
 
 def _source(model: Path | str | bytes | onnx.ModelProto) -> str | bytes:
@@ -288,46 +242,3 @@ def _one_node_model() -> bytes:
 
     text = '<ir_version: 8, opset_import: ["": 17]> g (float[1] x) => (float[1] y) { y = Relu(x) }'
     return parser.parse_model(text).SerializeToString()
-
-
-def _unknown_domain(match: re.Match[str], where: str | None, text: str) -> QpipeError:
-    domain, op = match["domain"], match["op"]
-    ours = domain.startswith("qpipe")
-    return EnvironmentError_(
-        f"operator {domain}::{op} needs a library that is not loaded",
-        where=where,
-        found=text,
-        do="qpipe plugin build" if ours else "give the library that holds the operator: --custom-op-library FILE",
-    )
-
-
-def _unknown_op(match: re.Match[str], where: str | None, text: str) -> QpipeError:
-    return ModelError(f"the model uses an operator {match['op']} that its opset does not have", where=where, found=text)
-
-
-def _too_new(match: re.Match[str], where: str | None, text: str) -> QpipeError:
-    version = load_onnxruntime().__version__
-    return UnsupportedError(
-        f"this ONNX Runtime ({version}) does not know the model's {match['kind']} yet",
-        where=where,
-        found=text[match.start() :],
-        do="export at a lower opset, or pip install --upgrade the ONNX Runtime that you have",
-    )
-
-
-def _no_kernel(match: re.Match[str], where: str | None, text: str) -> QpipeError:
-    return UnsupportedError(
-        f"this ONNX Runtime ({load_onnxruntime().__version__}) has no kernel for {match['op']}",
-        where=f"{where or 'model'}, node {match['node']!r}",
-        found=text,
-        do="use another number type or opset for this node; see qpipe doctor for what runs here",
-    )
-
-
-_TRANSLATIONS = (
-    (r"(?P<domain>[\w.\-]+):(?P<op>\w+)\(-?\d+\) is not a registered function/op", _unknown_domain),
-    (r"No Op registered for (?P<op>\w+) with domain_version", _unknown_op),
-    (r"ONNX Runtime only \*guarantees\* support.*?(?P<kind>[Oo]pset)", _too_new),
-    (r"Unsupported model (?P<kind>IR version).*", _too_new),
-    (r"Could not find an implementation for (?P<op>\w+\(\d+\)) node with name '(?P<node>[^']*)'", _no_kernel),
-)

@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper, parser
 from qpipe.calibrate.errors import EnvironmentError_, ModelError, UnsupportedError, UsageError
+from qpipe.pipeline import cpu
 from qpipe.pipeline import session as S
 
 RELU = '<ir_version: 8, opset_import: ["": 17]> g (float[N, 3] x) => (float[N, 3] y) { y = Relu(x) }'
@@ -232,14 +233,14 @@ def test_cpu_features_are_read_from_cpuinfo(
 ) -> None:
     path = tmp_path / "cpuinfo"
     path.write_text(text)
-    monkeypatch.setattr(S, "_CPUINFO", path)
+    monkeypatch.setattr(cpu, "_CPUINFO", path)
     S.cpu_features.cache_clear()
     try:
         assert S.has_vnni() is vnni
         assert feature is None or S.cpu_features()[feature]
-        monkeypatch.setattr(S.platform, "machine", lambda: "x86_64")
+        monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
         assert S.int8_saturates() is not vnni
-        monkeypatch.setattr(S.platform, "machine", lambda: "aarch64")
+        monkeypatch.setattr(cpu.platform, "machine", lambda: "aarch64")
         assert S.int8_saturates() is False
     finally:
         S.cpu_features.cache_clear()

@@ -1,0 +1,78 @@
+"""Forms: how a decision is expressed in the graph. One file per form; `stages.insert` only dispatches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy.typing as npt
+import onnx_graphsurgeon as gs
+
+from ...calibrate.qarray import QArray, QParams, Spec
+from ...calibrate.registry import Registry
+from ..graph import all_graphs, constant
+from ..plan import Decision, Site
+
+
+@dataclass(slots=True, kw_only=True)
+class Workbench:
+    """The graph under work and the numbers that the earlier stages found.
+
+    Attributes:
+        graph: Changed in place.
+        activations: Parameters by tensor name and spec.
+        weights: Quantized weights by site.
+        made: Tensors that were already inserted, by a key that the form chooses.
+    """
+
+    graph: gs.Graph
+    activations: Mapping[tuple[str, Spec], QParams]
+    weights: Mapping[Site, QArray]
+    made: dict[tuple[object, ...], gs.Tensor] = field(default_factory=dict)
+    _taken: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        for inner in all_graphs(self.graph):
+            self._taken.update(inner.tensors())
+            self._taken.update(node.name for node in inner.nodes)
+
+    def fresh(self, base: str) -> str:
+        """Return ``base``, or ``base`` with a number, that no tensor or node has; it counts as taken from now on.
+
+        The names are collected once, so that a graph of n nodes costs n steps and not n squared.
+        """
+        name, number = base, 0
+        while name in self._taken:
+            number += 1
+            name = f"{base}_{number}"
+        self._taken.add(name)
+        return name
+
+    def constant(self, base: str, array: npt.NDArray[Any], onnx_type: str) -> gs.Constant:
+        """Make a constant of any ONNX type under a fresh name."""
+        return constant(self.fresh(base), array, onnx_type)
+
+    def variable(self, base: str, like: gs.Tensor | None = None) -> gs.Variable:
+        """Make a tensor under a fresh name, with type and shape of ``like``."""
+        shape = None if like is None or like.shape is None else list(like.shape)
+        return gs.Variable(self.fresh(base), dtype=None if like is None else like.dtype, shape=shape)
+
+    def node(
+        self, op: str, base: str, inputs: list[gs.Tensor], output: gs.Tensor, attrs: Mapping[str, Any] | None = None
+    ) -> gs.Node:
+        """Add an operator with one output under a fresh name."""
+        node = gs.Node(op=op, name=self.fresh(base), attrs=dict(attrs or {}), inputs=inputs, outputs=[output])
+        self.graph.nodes.append(node)
+        return node
+
+
+class Form(Protocol):
+    """Carry out the decisions of one node."""
+
+    def __call__(self, bench: Workbench, node: gs.Node, decisions: list[Decision]) -> None:
+        """Rewrite ``node`` (and what feeds it) in ``bench.graph`` as ``decisions`` say."""
+        ...
+
+
+FORMS: Registry[Form] = Registry("form", __name__)

@@ -1,0 +1,209 @@
+"""What the user asks: a recipe (YAML or flags), checked, with named schemes as its starting points.
+
+A scheme is a few lines of the same recipe language; everything a flag can do, a key can do under the same name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..calibrate.errors import RecipeError
+from ..calibrate.formats import FORMATS
+from ..calibrate.granularity import PER_TENSOR, per_block, per_channel
+from ..calibrate.qarray import Spec
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class WeightOptions(_Part):
+    """How weights are stored.
+
+    Attributes:
+        format: Number format, e.g. ``int8``.
+        granularity: One scale per tensor, per output channel, or per block of input channels.
+        block_size: Values per block when the granularity is ``block``.
+        symmetric: Zero point at the middle of the codes.
+        narrow_range: Leave out the lowest code, so that codes are symmetric too.
+        reduce_bits: Bits given up for kernels that saturate; None lets the target choose.
+        algorithm: Weight algorithm that picks the codes; None lets the scheme choose.
+    """
+
+    format: str = "int8"
+    granularity: Literal["tensor", "channel", "block"] = "channel"
+    block_size: int = Field(default=32, ge=1)
+    symmetric: bool = True
+    narrow_range: bool = True
+    reduce_bits: int | None = Field(default=None, ge=0, le=7)
+    algorithm: str | None = None
+
+    def spec(self, axis: int | None, block_axis: int | None, reduce_bits: int = 0) -> Spec:
+        """Return the `Spec` of a weight.
+
+        Args:
+            axis: Axis of the output channels, None where the operator allows one scale only.
+            block_axis: Axis of the input channels, which blocks run along.
+            reduce_bits: What the target asks for where the recipe leaves it open.
+        """
+        granularity = PER_TENSOR
+        if self.granularity == "channel" and axis is not None:
+            granularity = per_channel(axis)
+        elif self.granularity == "block" and block_axis is not None:
+            granularity = per_block(block_axis, self.block_size)
+        fmt = FORMATS.get(self.format)
+        return Spec(
+            format=fmt,
+            granularity=granularity,
+            symmetric=self.symmetric,
+            narrow_range=self.narrow_range and self.symmetric and fmt.is_integer and fmt.is_signed,
+            reduce_bits=reduce_bits if self.reduce_bits is None else self.reduce_bits,
+        )
+
+
+class ActivationOptions(_Part):
+    """How activations are stored.
+
+    Attributes:
+        format: Number format; None lets the target choose between signed and unsigned.
+        symmetric: Zero point at the middle of the codes; None lets the target choose.
+        dynamic: Scales are computed at run time from each tensor.
+    """
+
+    format: str | None = None
+    symmetric: bool | None = None
+    dynamic: bool = False
+
+    def spec(self, default_format: str, default_symmetric: bool) -> Spec:
+        """Return the per-tensor `Spec` of an activation, with the target's defaults where the recipe says nothing."""
+        symmetric = default_symmetric if self.symmetric is None else self.symmetric
+        return Spec(format=FORMATS.get(self.format or default_format), granularity=PER_TENSOR, symmetric=symmetric)
+
+
+class LayerOptions(_Part):
+    """Another scheme for some nodes; the first entry that matches a node wins.
+
+    Attributes:
+        match: Pattern of node names: a glob, ``re:`` and a regular expression, or ``op:`` and an operator type.
+        scheme: Scheme of these nodes; ``float`` leaves them alone.
+    """
+
+    match: str
+    scheme: str
+
+
+class Recipe(_Part):
+    """Everything that decides how a model is quantized.
+
+    Attributes:
+        scheme: Named scheme that the other keys start from.
+        target: Deployment target.
+        form: How the graph expresses it: ``qdq``, ``dynamic``, ``outlier``, ``nbits``, ``cast``.
+        method: Calibration method of activations, e.g. ``mse`` or ``percentile:99.99``.
+        weights: Options of weights; None leaves weights in float.
+        activations: Options of activations; None leaves activations in float.
+        float_type: Type of what is not quantized, ``float16`` and ``bfloat16`` convert it.
+        equalize: Equalization before quantizing, e.g. ``smoothquant:0.5``.
+        bias_correction: Fold the expected output error into biases.
+        include: Patterns of nodes that may be quantized; empty means all.
+        exclude: Patterns of nodes that stay in float.
+        layers: Other schemes for some nodes.
+    """
+
+    scheme: str = "w8a8"
+    target: str = "ort-cpu"
+    form: Literal["qdq", "dynamic", "outlier", "nbits", "cast"] = "qdq"
+    method: str = "auto"
+    weights: WeightOptions | None = WeightOptions()
+    activations: ActivationOptions | None = ActivationOptions()
+    float_type: Literal["float32", "float16", "bfloat16"] | None = None
+    equalize: str | None = None
+    bias_correction: bool = False
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    layers: tuple[LayerOptions, ...] = ()
+
+    def digest(self) -> str:
+        """Return a hash of the whole recipe, stored with the result."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+
+SCHEMES: dict[str, dict[str, Any]] = {
+    "w8a8": {"weights": {"format": "int8"}, "activations": {}},
+    "float": {"weights": None, "activations": None},
+}
+"""Named schemes: what each sets in a `Recipe`. ``float`` is for layers that are left alone."""
+
+
+def make_recipe(**keys: Any) -> Recipe:
+    """Build a recipe: the scheme's lines first, then what is given here.
+
+    Raises:
+        RecipeError: Unknown scheme or key (with near names), or a value out of range.
+    """
+    scheme = keys.get("scheme", "w8a8")
+    if scheme not in SCHEMES:
+        near = difflib.get_close_matches(scheme, SCHEMES, n=3, cutoff=0.4) or sorted(SCHEMES)
+        raise RecipeError(
+            f"no scheme is called {scheme!r}",
+            expected=", ".join(near),
+            do=f"use --scheme with one of: {', '.join(sorted(SCHEMES))}",
+        )
+    merged = _merge(SCHEMES[scheme], keys)
+    merged["scheme"] = scheme
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise _recipe_error(error) from error
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """Read a recipe file and return its keys, still unchecked.
+
+    Raises:
+        RecipeError: The file is missing or is no YAML mapping.
+    """
+    import yaml
+
+    try:
+        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError("cannot read the recipe", where=str(path), found=str(error)) from error
+    except yaml.YAMLError as error:
+        raise RecipeError("the recipe is no YAML", where=str(path), found=str(error)) from error
+    if not isinstance(keys, dict):
+        raise RecipeError("the recipe is no mapping", where=str(path), found=type(keys).__name__, expected="key: value")
+    return keys
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        if isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = {**merged[key], **value}
+        else:
+            merged[key] = value
+    return merged
+
+
+def _recipe_error(error: ValidationError) -> RecipeError:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    key = str(first["loc"][-1]) if first["loc"] else ""
+    if first["type"] != "extra_forbidden":
+        return RecipeError(
+            "a recipe key has a wrong value", where=place, found=repr(first["input"]), expected=first["msg"]
+        )
+    known = {name for part in (Recipe, WeightOptions, ActivationOptions, LayerOptions) for name in part.model_fields}
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    return RecipeError(
+        f"the recipe has an unknown key {key!r}",
+        where=place,
+        expected=", ".join(near) if near else ", ".join(sorted(Recipe.model_fields)),
+        do="correct or remove the key",
+    )

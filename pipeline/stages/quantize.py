@@ -1,0 +1,80 @@
+"""Quantize: decide, solve, weights, insert and lower in a row. What `qpipe quantize` and the Python interface call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...calibrate.errors import ModelError
+from ...calibrate.qarray import QArray
+from ..calibration import Calibration
+from ..forms import Workbench
+from ..graph import Model
+from ..plan import Plan, Site
+from ..recipe import Recipe
+from .decide import decide
+from .insert import insert
+from .lower import lower
+from .solve import Key, Solved, solve
+from .weights import quantize_weights
+
+QUANTIZED_OPS = frozenset(
+    {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "MatMulInteger"}
+    | {"ConvInteger", "MatMulNBits", "MatMulBnb4", "OutlierMatMul", "QAttention", "QGemm", "MatMulIntegerToFloat"}
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantized:
+    """What came out.
+
+    Attributes:
+        model: The quantized model, ready to be saved.
+        plan: What was decided.
+        activations: Ranges and scales of activations.
+        weights: Codes of weights.
+    """
+
+    model: Model
+    plan: Plan
+    activations: dict[Key, Solved]
+    weights: dict[Site, QArray]
+
+
+def quantize_model(
+    model: Model, recipe: Recipe, calibration: Calibration | None = None, *, model_hash: str = ""
+) -> Quantized:
+    """Quantize a prepared model in place.
+
+    Args:
+        model: Float model, after `prepare`.
+        recipe: What the user asks.
+        calibration: Statistics of the model's activations; None when the recipe needs none.
+        model_hash: Recorded in plan and metadata.
+
+    Raises:
+        ModelError: The model is quantized already, or holds weights that are not finite.
+    """
+    refuse_quantized(model)
+    plan = decide(model.graph, recipe, calibration, model_hash)
+    activations = solve(plan, calibration, recipe.method)
+    weights = quantize_weights(model.graph, plan)
+    bench = Workbench(graph=model.graph, activations={key: s.params for key, s in activations.items()}, weights=weights)
+    insert(plan, bench)
+    return Quantized(model=lower(model, plan, recipe), plan=plan, activations=activations, weights=weights)
+
+
+def refuse_quantized(model: Model) -> None:
+    """Refuse a model that is quantized already.
+
+    Raises:
+        ModelError: It holds quantized operators; quantizing codes again would only lose more.
+    """
+    found = sorted({node.op for node in model.graph.nodes if node.op in QUANTIZED_OPS})
+    if found:
+        raise ModelError(
+            "the model is quantized already",
+            where=str(model.path or "model in memory"),
+            found=", ".join(found),
+            expected="a float model",
+            do="start from the float model, or pass --requantize to quantize what is still float",
+        )

@@ -1,6 +1,7 @@
 // Entry points of libqpipe_ops.so: RegisterCustomOps for ONNX Runtime, qpipe_* for Python (ctypes).
-#include "common/ort_op.h"
+#include <string>
 
+#include "common/ort_op.h"
 #include "outlier_matmul/cpu/lanes.h"
 
 #ifndef QPIPE_VERSION

@@ -1,0 +1,86 @@
+// The lane for every CPU, and the one that the others are compared with.
+#include "half.h"
+#include "lanes.h"
+
+namespace qpipe::outlier_matmul {
+namespace {
+
+void widen_float(const void* x, int64_t count, float* out) {
+    std::memcpy(out, x, static_cast<size_t>(count) * sizeof(float));
+}
+
+template <float (*Convert)(uint16_t)>
+void widen_words(const void* x, int64_t count, float* out) {
+    const auto* words = static_cast<const uint16_t*>(x);
+    for (int64_t i = 0; i < count; ++i) out[i] = Convert(words[i]);
+}
+
+uint32_t amax_bits(const float* x, int64_t count) {
+    uint32_t largest = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        const uint32_t magnitude = as_bits(x[i]) & 0x7fffffffu;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    return largest;
+}
+
+void encode(const float* x, int64_t count, float inverse, int8_t* q) {
+    for (int64_t i = 0; i < count; ++i) {
+        float scaled = x[i] * inverse;
+        scaled = scaled > 127.0f ? 127.0f : scaled < -127.0f ? -127.0f : scaled;
+        // Adding 1.5 * 2^23 leaves no fraction bits, so that the addition itself rounds half to even.
+        const float rounded = (scaled + 12582912.0f) - 12582912.0f;
+        q[i] = static_cast<int8_t>(static_cast<int32_t>(rounded));
+    }
+}
+
+void dot(const DotTask& task) {
+    for (int64_t m = 0; m < task.rows; ++m) {
+        const int8_t* q = task.q + m * task.q_stride;
+        for (int64_t n = 0; n < task.columns; ++n) {
+            const int8_t* w = task.w + n * task.inputs_padded;
+            int32_t sum = 0;
+            for (int64_t k = 0; k < task.inputs_padded; ++k) sum += static_cast<int32_t>(q[k]) * w[k];
+            task.sums[m * task.sums_stride + n] = sum;
+        }
+    }
+}
+
+void store(float value, float* y) { *y = value; }
+template <uint16_t (*Convert)(float)>
+struct Word {
+    uint16_t bits;
+};
+template <uint16_t (*Convert)(float)>
+void store(float value, Word<Convert>* y) {
+    y->bits = Convert(value);
+}
+
+template <class T>
+void epilogue(const EpilogueTask& task) {
+    for (int64_t m = 0; m < task.rows; ++m) {
+        T* y = static_cast<T*>(task.y) + m * task.y_stride;
+        const float* x_outlier = task.x_outlier + m * task.outliers;
+        for (int64_t n = 0; n < task.columns; ++n) {
+            float value = static_cast<float>(task.sums[m * task.sums_stride + n]) * task.x_scale[m] * task.w_scale[n];
+            for (int64_t o = 0; o < task.outliers; ++o) {
+                value += x_outlier[o] * task.w_outlier[o * task.w_outlier_stride + n];
+            }
+            store(value + task.bias[n], y + n);
+        }
+    }
+}
+
+constexpr Lane kLane{"scalar",
+                     /*offset_codes=*/false,
+                     {widen_float, widen_words<half_to_float>, widen_words<bfloat_to_float>},
+                     amax_bits,
+                     encode,
+                     dot,
+                     {epilogue<float>, epilogue<Word<float_to_half>>, epilogue<Word<float_to_bfloat>>}};
+
+}  // namespace
+
+const Lane* const kScalarLane = &kLane;
+
+}  // namespace qpipe::outlier_matmul

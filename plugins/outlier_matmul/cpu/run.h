@@ -1,0 +1,73 @@
+// One call of OutlierMatMul on the CPU: quantize the rows of X, then tiles of Y, each with its epilogue.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <memory>
+#include <vector>
+
+#include "../contract.h"
+#include "lanes.h"
+
+namespace qpipe::outlier_matmul {
+
+// Constant inputs in the form that the epilogue reads. Arrays over columns are padded to a multiple of 8.
+struct Weights {
+    std::vector<int32_t> outlier_index;  // [O]
+    std::vector<float> w_scale;          // [N]
+    std::vector<float> w_outlier;        // [O, N]: transposed, float32
+    std::vector<float> no_bias;          // [N] zeros
+    std::vector<int32_t> column_sum;     // [N], only for lanes with offset codes
+    int64_t stride = 0;                  // N padded
+};
+
+Weights prepare(const Tensor (&in)[6], const Extents& extents, ElementType type, const Lane& lane);
+
+// Runs fn(user_data, i) for i in [0, total), in parallel.
+using ParallelFor = OrtStatus* (*)(const OrtKernelContext* context, void (*fn)(void*, size_t), size_t total,
+                                   void* user_data);
+
+// The second digit of a new outlier: x / scale = 128 * high + code.
+struct HighDigit {
+    int64_t k;
+    int32_t high;
+};
+
+struct Run {
+    const Lane& lane;
+    ElementType type;
+    float limit;
+    Extents extents;
+    const Weights& weights;
+    const void* x;
+    const int8_t* w_q;
+    const float* bias;  // [N padded]
+    void* y;
+
+    // Scratch, laid out by `scratch_bytes` and `use_scratch`.
+    int8_t* q = nullptr;           // [M, q_stride]
+    float* x_scale = nullptr;      // [M]
+    float* x_outlier = nullptr;    // [M, O]
+    float* row_buffer = nullptr;   // [quantize tasks, K]
+    std::vector<std::vector<HighDigit>> wide{};  // per row, only with a limit
+    std::atomic<int64_t> new_outliers{0};
+
+    size_t scratch_bytes() const;
+    void use_scratch(void* scratch);
+    // Everything, on ONNX Runtime's thread pool.
+    OrtStatus* execute(const OrtKernelContext* context);
+
+  private:
+    int64_t q_stride() const;
+    int64_t quantize_tasks() const;
+    int64_t panel() const;
+    int64_t panels() const;
+    int64_t chunks() const;
+    void quantize_task(size_t task);
+    void quantize_row(int64_t m, float* buffer);
+    float quantize_with_new_outliers(int64_t m, float* row, uint32_t amax_bits);
+    void multiply_task(size_t task);
+    void add_high_digits(int64_t m, int64_t n0, int64_t columns, int32_t* sums) const;
+};
+
+}  // namespace qpipe::outlier_matmul

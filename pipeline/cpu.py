@@ -10,6 +10,12 @@ from pathlib import Path
 _CPUINFO = Path("/proc/cpuinfo")
 
 
+def cpu_name() -> str:
+    """Return the model name of the CPU, or what the platform says about it."""
+    names = re.findall(r"^(?:model name|Model)\s*:\s*(.+)$", _cpuinfo(), re.MULTILINE)
+    return str(names[0]).strip() if names else platform.processor() or platform.machine()
+
+
 @functools.cache
 def cpu_features() -> dict[str, bool]:
     """Return which instruction sets that matter to integer kernels this CPU has.
@@ -17,8 +23,7 @@ def cpu_features() -> dict[str, bool]:
     Keys: ``avx2``, ``avx512f``, ``avx512_vnni``, ``avx_vnni``, ``amx_int8`` (x86), ``dotprod``, ``i8mm`` (Arm).
     On systems without /proc/cpuinfo all are False: nothing is claimed that was not seen.
     """
-    text = _CPUINFO.read_text(encoding="utf-8", errors="replace") if _CPUINFO.is_file() else ""
-    flags = set(re.findall(r"\w+", " ".join(re.findall(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE))))
+    flags = set(re.findall(r"\w+", " ".join(re.findall(r"^(?:flags|Features)\s*:(.*)$", _cpuinfo(), re.MULTILINE))))
     names = {"dotprod": "asimddp"}
     features = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "dotprod", "i8mm")
     return {feature: names.get(feature, feature) in flags for feature in features}
@@ -33,3 +38,7 @@ def has_vnni() -> bool:
 def int8_saturates() -> bool:
     """Whether fused int8 kernels clip intermediate sums here: x86 without VNNI. Seven-bit weights avoid it."""
     return platform.machine().lower() in ("x86_64", "amd64", "i686") and not has_vnni()
+
+
+def _cpuinfo() -> str:
+    return _CPUINFO.read_text(encoding="utf-8", errors="replace") if _CPUINFO.is_file() else ""

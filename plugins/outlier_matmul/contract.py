@@ -141,9 +141,7 @@ def pack(w: Array, outlier_index: npt.ArrayLike, x_dtype: npt.DTypeLike, *, padd
     w_q[:, :inputs] = quantized.q
     w_outlier = np.zeros((outputs, padded(index.size, padding)), x_type)
     w_outlier[:, : index.size] = w32[:, index].astype(x_type)
-    return Packed(
-        w_q=w_q, w_scale=quantized.params.scale.reshape(outputs), outlier_index=index, w_outlier=w_outlier
-    )
+    return Packed(w_q=w_q, w_scale=quantized.params.scale.reshape(outputs), outlier_index=index, w_outlier=w_outlier)
 
 
 def quantize_rows(x: Array, outlier_index: npt.NDArray[np.int32], *, limit: float = 0.0) -> RowCodes:

@@ -1,12 +1,16 @@
 """Calibration methods: a `RangeMethod` turns a tensor's statistics and a `Spec` into a `Range`.
 
 All methods are solved from the same `Histogram`, so that choosing another one needs no second run of the model.
+A method is a frozen dataclass whose fields are its options: ``percentile:99.9`` sets the first field of
+`METHODS.get("percentile")` to 99.9.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+import dataclasses
+from typing import Any, Protocol
 
+from ..errors import RecipeError
 from ..qarray import Range, Spec
 from ..registry import Registry
 from ..stats.histogram import Histogram
@@ -21,3 +25,30 @@ class RangeMethod(Protocol):
 
 
 METHODS: Registry[RangeMethod] = Registry("calibration method", __name__)
+
+
+def resolve(text: str) -> RangeMethod:
+    """Return the method that ``text`` names, with its option set.
+
+    Args:
+        text: A registered name, or ``name:number`` for a method that has an option, e.g. ``"percentile:99.99"``.
+
+    Raises:
+        RecipeError: No such method, a method without options, or a value that the option does not take.
+    """
+    name, colon, value = text.partition(":")
+    method: Any = METHODS.get(name.strip())
+    if not colon:
+        return method  # type: ignore[no-any-return]
+    options = [field.name for field in dataclasses.fields(method)]
+    if not options:
+        raise RecipeError(f"the method {name!r} has no options", found=repr(text), do=f"use {name!r}")
+    try:
+        return dataclasses.replace(method, **{options[0]: float(value)})  # type: ignore[no-any-return]
+    except ValueError as error:
+        raise RecipeError(
+            f"the method {name!r} does not take {value!r}",
+            found=repr(text),
+            expected=str(error),
+            do=f"write it like {name}:{getattr(method, options[0])}",
+        ) from error

@@ -8,13 +8,14 @@ Letters: ``n`` non-empty bins; a page is one sign and exponent, 128 bins.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from .extrema import F32, SENTINEL, Extrema, as_float32, measure
+from .extrema import SENTINEL, Extrema, as_float32, measure
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
@@ -22,7 +23,8 @@ U16 = npt.NDArray[np.uint16]
 
 BINS = 65536
 _PAGE = 128
-_CHUNK = 1 << 16  # values; their int64 bin numbers (512 KiB) stay in the second-level cache
+_CHUNK = 1 << 18  # values per pass: their bin numbers (2 MiB) stay cached, a pass over all counters is spread thin
+_FEW = 1 << 14
 _SIGN = 0x8000
 
 
@@ -104,17 +106,31 @@ class Histogram:
         """Number of zeros of either sign, subnormals below 2^-133 (9.2e-41) included."""
         return int(self.counts[(self.ids & np.uint16(_SIGN - 1)) == 0].sum())
 
-    def bins(self) -> Bins:
-        """Return the non-empty bins in ascending order of value."""
-        split = int(np.searchsorted(self.ids, _SIGN))
-        order = np.concatenate([np.arange(len(self.ids) - 1, split - 1, -1), np.arange(split)])
-        bits = self.ids[order].astype(np.uint32) << np.uint32(16)
-        near = bits.view(np.float32).astype(np.float64)
-        far = (bits | np.uint32(self.low_bits)).view(np.float32).astype(np.float64)
-        far[near == 0] = 0.0
+    def bins(self, coarseness: int = 0) -> Bins:
+        """Return the non-empty bins in ascending order of value.
+
+        Args:
+            coarseness: Join bins whose ids differ in this many low bits only: 2 makes them four times as wide.
+        """
+        keys = self.ids >> np.uint16(coarseness)
+        first = np.flatnonzero(np.diff(keys, prepend=np.int64(-1)))
+        last = np.append(first[1:], len(keys))[: len(first)] - 1
+        counts = np.add.reduceat(self.counts, first) if len(first) else self.counts
+        split = int(np.searchsorted(self.ids[first], _SIGN))
+        order = np.concatenate([np.arange(len(first) - 1, split - 1, -1), np.arange(split)])
+        near = (self.ids[first][order].astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+        far_bits = (self.ids[last][order].astype(np.uint32) << np.uint32(16)) | np.uint32(self.low_bits)
+        far = np.where(near == 0, 0.0, far_bits.view(np.float32).astype(np.float64))
         low = np.clip(np.minimum(near, far), self.lo, self.hi)
         high = np.clip(np.maximum(near, far), self.lo, self.hi)
-        return Bins(low, high, (low + high) / 2, self.counts[order].astype(np.float64))
+        return Bins(low, high, (low + high) / 2, counts[order].astype(np.float64))
+
+    def absolute(self) -> Histogram:
+        """Return the histogram of the magnitudes; its `lo` is only a lower bound when both signs occur."""
+        counts = np.zeros(_SIGN, np.int64)
+        np.add.at(counts, self.ids & np.uint16(_SIGN - 1), self.counts)
+        extrema = dataclasses.replace(self.extrema, lo=max(self.lo, -self.hi, 0.0), hi=self.amax)
+        return Histogram.from_dense(counts, self.low_bits, extrema)
 
     def merge(self, other: Histogram) -> Histogram:
         """Return the histogram of both streams; exact, commutative and associative."""
@@ -160,7 +176,8 @@ class HistogramObserver:
         if start is not None:
             dense = np.zeros(BINS, np.int64)
             dense[start.ids] = start.counts
-            self._add(dense, start.low_bits, start.extrema)
+            self._add(dense)
+            self._low_bits, self._extrema = start.low_bits, start.extrema
 
     def update(self, x: npt.NDArray[Any]) -> None:
         """Count every value of ``x``, of any shape.
@@ -173,12 +190,16 @@ class HistogramObserver:
             TypeError: ``x`` holds no floating-point numbers.
         """
         flat = as_float32(x)
-        for first in range(0, flat.size, _CHUNK * 16):
-            part = flat[first : first + _CHUNK * 16]
-            kept, extrema = measure(part, self._sentinel)
-            bits = kept.view(np.uint32)
-            low_bits = int(np.bitwise_or.reduce(bits)) & 0xFFFF
-            self._add(_count(kept), low_bits, extrema)
+        for first in range(0, flat.size, _CHUNK):
+            kept, extrema = measure(flat[first : first + _CHUNK], self._sentinel)
+            self._extrema = self._extrema.merge(extrema)
+            self._low_bits |= int(np.bitwise_or.reduce(kept.view(np.uint32))) & 0xFFFF
+            # The upper halves: every platform of ONNX Runtime is little-endian.
+            ids = kept.view(np.uint16)[1::2].astype(np.intp)
+            if len(ids) < _FEW:
+                self._add_few(ids)
+            else:
+                self._add(np.bincount(ids, minlength=BINS))
 
     def result(self) -> Histogram:
         """Return the statistics so far; the observer can go on."""
@@ -187,23 +208,22 @@ class HistogramObserver:
         dense[used] = self._pages[self._page_of[used]]
         return Histogram.from_dense(dense.reshape(-1), self._low_bits, self._extrema)
 
-    def _add(self, dense: I64, low_bits: int, extrema: Extrema) -> None:
+    def _add(self, dense: I64) -> None:
         table = dense.reshape(-1, _PAGE)
         used = np.flatnonzero(table.any(axis=1))
-        fresh = used[self._page_of[used] < 0]
+        self._open(used)
+        self._pages[self._page_of[used]] += table[used]
+
+    def _add_few(self, ids: npt.NDArray[np.intp]) -> None:
+        # Passing over all 65,536 counters would cost more than counting the values themselves.
+        exponents = ids >> 7
+        if (self._page_of[exponents] < 0).any():
+            self._open(np.unique(exponents))
+        places = self._page_of[exponents] * _PAGE + (ids & (_PAGE - 1))
+        self._pages += np.bincount(places, minlength=self._pages.size).reshape(-1, _PAGE)
+
+    def _open(self, exponents: npt.NDArray[np.intp]) -> None:
+        fresh = exponents[self._page_of[exponents] < 0]
         if len(fresh):
             self._page_of[fresh] = len(self._pages) + np.arange(len(fresh))
             self._pages = np.concatenate([self._pages, np.zeros((len(fresh), _PAGE), np.int64)])
-        self._pages[self._page_of[used]] += table[used]
-        self._low_bits |= low_bits
-        self._extrema = self._extrema.merge(extrema)
-
-
-def _count(x: F32) -> I64:
-    """Return 65,536 counters of the upper halves of ``x [size]``."""
-    upper = x.view(np.uint16)[1::2]  # little-endian, as every platform of ONNX Runtime is
-    dense = np.zeros(BINS, np.int64)
-    for first in range(0, len(upper), _CHUNK):
-        part = np.bincount(upper[first : first + _CHUNK].astype(np.intp))
-        dense[: len(part)] += part
-    return dense

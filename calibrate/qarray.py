@@ -28,6 +28,9 @@ Array = npt.NDArray[Any]
 SMALLEST_SCALE = np.float32(2.0**-126)
 """Smallest normal float32: a subnormal scale loses its bits, or becomes zero, on hardware that flushes."""
 
+LARGEST_BOUND = float(np.finfo(np.float32).max) / 2
+"""Where ranges end: the outermost code may mean half a step more than the range, and the product must not overflow."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spec:
@@ -110,10 +113,10 @@ class Range:
         Raises:
             ValueError: A bound is not finite.
         """
-        low = np.minimum(np.asarray(lo, dtype=np.float32), np.float32(0))
-        high = np.maximum(np.asarray(hi, dtype=np.float32), np.float32(0))
+        low, high = np.asarray(lo, dtype=np.float32), np.asarray(hi, dtype=np.float32)
         if not (np.isfinite(low).all() and np.isfinite(high).all()):
             raise ValueError("a range must be finite")
+        low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
         return cls(lo=low, hi=high)
 
     @property
@@ -164,7 +167,7 @@ def params_from_range(rng: Range, spec: Spec) -> QParams:
 
     Source: for blocks with power-of-two scales, OCP Microscaling Formats 1.0, section 6.3.
     """
-    lo, hi = rng.lo.astype(np.float64), rng.hi.astype(np.float64)
+    lo, hi = (np.clip(bound.astype(np.float64), -LARGEST_BOUND, LARGEST_BOUND) for bound in (rng.lo, rng.hi))
     if not spec.format.scale_levels:
         return QParams(scale=np.ones(lo.shape, np.float32), zero_point=None, spec=spec)
     if spec.symmetric or not spec.format.is_integer:

@@ -148,8 +148,8 @@ def _bad_statistics(tensor: str, calibration: Calibration) -> str:
     if tensor not in calibration.tensors:
         return f"no statistics: {tensor!r} was not seen during calibration"
     histogram = calibration.tensors[tensor].histogram
-    if histogram.sentinel:
-        return f"{tensor!r} holds {histogram.sentinel} mask sentinels (magnitude over 1e30), which no scale can hold"
+    if histogram.extrema.sentinel:
+        return f"{tensor!r} holds {histogram.extrema.sentinel} mask sentinels (magnitude over 1e30), which no scale can hold"
     if histogram.finite == 0:
         return f"no statistics: {tensor!r} held no finite value during calibration"
     return ""

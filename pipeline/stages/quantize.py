@@ -10,12 +10,12 @@ from ..calibration import Calibration
 from ..forms import Workbench
 from ..graph import Model
 from ..plan import Plan, Site
-from ..recipe import Recipe
+from ..recipe import Recipe, make_recipe
 from .decide import decide
 from .insert import insert
 from .lower import lower
 from .solve import Key, Solved, solve
-from .weights import quantize_weights
+from .weights import quantize_weights, settle_nonfinite
 
 QUANTIZED_OPS = frozenset(
     {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "MatMulInteger"}
@@ -40,8 +40,32 @@ class Quantized:
     weights: dict[Site, QArray]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizeOptions:
+    """What is tolerated.
+
+    Attributes:
+        skip_nonfinite: Leave a layer whose weights are not finite in float, instead of refusing the model.
+        requantize: Accept a model that holds quantized operators, and quantize what is float in it.
+    """
+
+    skip_nonfinite: bool = False
+    requantize: bool = False
+
+
+def needs_statistics(recipe: Recipe) -> bool:
+    """Whether a recipe gives some activation a static scale."""
+    parts = [recipe, *(make_recipe(scheme=entry.scheme) for entry in recipe.layers)]
+    return any(part.activations is not None and not part.activations.dynamic for part in parts)
+
+
 def quantize_model(
-    model: Model, recipe: Recipe, calibration: Calibration | None = None, *, model_hash: str = ""
+    model: Model,
+    recipe: Recipe,
+    calibration: Calibration | None = None,
+    *,
+    model_hash: str = "",
+    options: QuantizeOptions = QuantizeOptions(),  # noqa: B008 - frozen
 ) -> Quantized:
     """Quantize a prepared model in place.
 
@@ -50,12 +74,15 @@ def quantize_model(
         recipe: What the user asks.
         calibration: Statistics of the model's activations; None when the recipe needs none.
         model_hash: Recorded in plan and metadata.
+        options: What is tolerated.
 
     Raises:
         ModelError: The model is quantized already, or holds weights that are not finite.
     """
-    refuse_quantized(model)
+    if not options.requantize:
+        refuse_quantized(model)
     plan = decide(model.graph, recipe, calibration, model_hash)
+    plan = settle_nonfinite(model.graph, plan, skip=options.skip_nonfinite)
     activations = solve(plan, calibration, recipe.method)
     weights = quantize_weights(model.graph, plan)
     bench = Workbench(graph=model.graph, activations={key: s.params for key, s in activations.items()}, weights=weights)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ...calibrate.qarray import QParams, Range, Spec, params_from_range
 from ...calibrate.ranges import resolve
+from ...calibrate.ranges.auto import Auto, choose
 from ...calibrate.stats.histogram import Histogram
 from ..calibration import Calibration
 from ..plan import Plan
@@ -73,6 +74,9 @@ def _merged(names: set[str], calibration: Calibration) -> Histogram:
 
 
 def _solve_one(histogram: Histogram, spec: Spec, method: str) -> Solved:
-    chosen, range_method = resolve(method, histogram, spec)
-    rng = range_method(histogram, spec)
-    return Solved(range=rng, params=params_from_range(rng, spec), method=chosen)
+    chosen = resolve(method)
+    if isinstance(chosen, Auto):
+        name, rng = choose(histogram, spec, chosen.tolerance)
+    else:
+        name, rng = method, chosen(histogram, spec)
+    return Solved(range=rng, params=params_from_range(rng, spec), method=name)

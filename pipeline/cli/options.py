@@ -1,0 +1,88 @@
+"""Options that several commands share: one spelling and one help text each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ...calibrate.errors import UsageError
+from . import output
+
+if TYPE_CHECKING:
+    from ..data import Feed, InputInfo
+
+MODEL = click.argument("model", type=click.Path(path_type=Path))
+OUTPUT = click.option("-o", "--output", "output_path", required=True, type=click.Path(path_type=Path), help="File to write.")
+FORCE = click.option("--force", is_flag=True, help="Replace existing files.")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")
+QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress.")
+DEVICE = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where the model runs."
+)
+
+_DATA_HELP = (
+    "script.py[:function] that yields dicts of arrays, .npz, .npy, a folder of them, polygraphy JSON, or a folder "
+    "with test_data_set_*."
+)
+
+
+_DATA_OPTIONS = (
+    click.option("--data", help=_DATA_HELP),
+    click.option(
+        "--random",
+        "random_samples",
+        type=click.IntRange(min=1),
+        help="Use N random samples. Ranges of random data mean nothing; the result says so.",
+    ),
+    click.option("--samples", type=click.IntRange(min=1), help="Use at most N samples."),
+    click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Samples per batch."),
+    click.option("--map", "mapping", multiple=True, metavar="OLD=NEW", help="The data calls model input NEW OLD."),
+    click.option("--batchify", is_flag=True, help="Add a batch axis of 1 where the data lacks it."),
+)
+
+
+def data_options(function: Any) -> Any:
+    """Add the options that say where data comes from; `feed_from` reads them."""
+    for option in reversed(_DATA_OPTIONS):
+        function = option(function)
+    return function
+
+
+def feed_from(given: Mapping[str, Any], inputs: Sequence[InputInfo]) -> Feed:
+    """Build the feed that the data options describe.
+
+    Args:
+        given: Values of `data_options` by parameter name.
+        inputs: What the model takes.
+
+    Raises:
+        UsageError: No data was given, or `--map` cannot be understood.
+    """
+    from ..data import Feed, FeedOptions, random_batches
+
+    options = FeedOptions(
+        samples=given["samples"],
+        batch=given["batch"],
+        mapping=dict(_pair(text) for text in given["mapping"]),
+        batchify=given["batchify"],
+    )
+    if given["data"]:
+        return Feed(given["data"], inputs, options, warn=output.warn)
+    if given["random_samples"]:
+        output.warn("random data: the ranges that come of it mean nothing")
+        return Feed(random_batches(inputs, given["random_samples"], 0), inputs, options, warn=output.warn)
+    raise UsageError(
+        "no data was given; qpipe never makes some up",
+        expected="--data script.py (its load_data() yields dicts), --data samples.npz, or --data folder/",
+        do="for a dry run of the mechanics only: --random 8",
+    )
+
+
+def _pair(text: str) -> tuple[str, str]:
+    old, separator, new = text.partition("=")
+    if not separator or not old or not new:
+        raise UsageError("--map cannot be understood", found=text, expected="OLD=NEW")
+    return old, new

@@ -1,0 +1,180 @@
+"""``qpipe quantize``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ...calibrate.errors import UsageError
+from . import output
+from .options import DEVICE, FORCE, JSON, MODEL, QUIET, data_options
+
+if TYPE_CHECKING:
+    from ..calibration import Calibration
+    from ..graph import Model
+    from ..plan import Plan
+    from ..recipe import Recipe
+    from ..stages.quantize import Quantized
+
+
+@click.command("quantize", short_help="Quantize a model.")
+@MODEL
+@click.option("-o", "--output", "output_path", type=click.Path(path_type=Path), help="File to write.")
+@click.option("--calib", type=click.Path(path_type=Path), help="Statistics file of qpipe calibrate.")
+@data_options
+@click.option("--scheme", help="Named scheme, e.g. w8a8.")
+@click.option("--target", help="Deployment target, e.g. ort-cpu, portable.")
+@click.option("--method", help="Calibration method, e.g. minmax, percentile:99.99, mse, entropy, auto.")
+@click.option("--recipe", type=click.Path(path_type=Path), help="Recipe file (YAML); flags win over its keys.")
+@click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only nodes that match: glob, re:, op:.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave matching nodes in float.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--why", is_flag=True, help="List every node with the reason of its decision.")
+@click.option("--save-plan", type=click.Path(path_type=Path), help="Write the plan as JSON.")
+@click.option("--save-recipe", type=click.Path(path_type=Path), help="Write the recipe that all flags amount to.")
+@click.option("--upgrade", is_flag=True, help="Convert a model below opset 13 first.")
+@click.option("--skip-nonfinite", is_flag=True, help="Leave layers whose weights are not finite in float.")
+@click.option("--requantize", is_flag=True, help="Accept a model that is quantized in part.")
+@click.option("--calib-by-name", is_flag=True, help="Accept statistics of another model, matched by tensor names.")
+@DEVICE
+@FORCE
+@JSON
+@QUIET
+def command(model: Path, output_path: Path | None, **given: Any) -> None:
+    """Quantize MODEL. Without --calib, statistics are collected from --data first."""
+    if output_path is None and not given["dry_run"]:
+        raise UsageError("no output was named", expected="-o FILE, or --dry-run", do="qpipe quantize m.onnx -o q.onnx")
+    from ..graph import load, model_hash, save
+    from ..stages.prepare import prepare, require_opset
+    from ..stages.quantize import QuantizeOptions, quantize_model
+    from ..stages.upgrade import upgrade
+
+    recipe = _recipe(given)
+    loaded = load(model)
+    digest = model_hash(loaded)
+    if given["upgrade"]:
+        loaded = upgrade(loaded)
+    require_opset(loaded)
+    before = _weight_bytes(loaded)
+    loaded = prepare(loaded)
+    calibration = _calibration(loaded, recipe, given)
+    options = QuantizeOptions(skip_nonfinite=given["skip_nonfinite"], requantize=given["requantize"])
+    result = quantize_model(loaded, recipe, calibration, model_hash=digest, options=options)
+    _save_side_files(result.plan, recipe, given)
+    written: list[Path] = []
+    if output_path is not None and not given["dry_run"]:
+        _check(result.model, recipe)
+        written = save(result.model, output_path, force=given["force"])
+    _report(result, recipe, given, (before, written))
+
+
+def _recipe(given: dict[str, Any]) -> Recipe:
+    from ..recipe import load_recipe, make_recipe
+
+    keys = load_recipe(given["recipe"]) if given["recipe"] else {}
+    for name in ("scheme", "target", "method"):
+        if given[name]:
+            keys[name] = given[name]
+    for name in ("include", "exclude"):
+        if given[name]:
+            keys[name] = tuple(given[name])
+    return make_recipe(**keys)
+
+
+def _calibration(model: Model, recipe: Recipe, given: dict[str, Any]) -> Calibration | None:
+    from ..stages.quantize import needs_statistics
+    from .collecting import collect_from_options, read_statistics
+
+    if given["calib"]:
+        return read_statistics(given["calib"], model, by_name=given["calib_by_name"])
+    if not needs_statistics(recipe):
+        return None
+    return collect_from_options(model, given)
+
+
+def _check(model: Model, recipe: Recipe) -> None:
+    from ...calibrate.errors import ModelError
+    from ..qdq_check import check_qdq
+
+    errors = [f for f in check_qdq(model, target=recipe.target) if f.severity == "error"]
+    if errors:
+        raise ModelError(
+            "the quantized model does not pass its own check, nothing was written",
+            where=errors[0].where,
+            found=errors[0].message,
+            do="please report this with the model's structure (qpipe inspect --json)",
+        )
+
+
+def _save_side_files(plan: Plan, recipe: Recipe, given: dict[str, Any]) -> None:
+    import json
+
+    import yaml
+
+    from ..files import replace_file
+
+    if given["save_plan"]:
+        with replace_file(given["save_plan"], force=given["force"]) as tmp:
+            tmp.write_text(json.dumps(plan.to_dict(), indent=1), encoding="utf-8")
+    if given["save_recipe"]:
+        with replace_file(given["save_recipe"], force=given["force"]) as tmp:
+            tmp.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def _weight_bytes(model: Model) -> int:
+    from ..graph import constants, stored_size
+
+    return sum(stored_size(constant) for constant in constants(model.graph))
+
+
+def _report(
+    result: Quantized, recipe: Recipe, given: dict[str, Any], sizes: tuple[int, list[Path]]
+) -> None:
+    nodes = result.plan.nodes()
+    quantized = [d for d in nodes.values() if d.spec is not None]
+    kept = [d for d in nodes.values() if d.spec is None]
+    before, written = sizes
+    after = _weight_bytes(result.model)
+    methods = Counter(s.method for s in result.activations.values())
+    data = {
+        "written": [str(p) for p in written],
+        "quantized_nodes": len(quantized),
+        "kept_nodes": len(kept),
+        "weight_bytes_before": before,
+        "weight_bytes_after": after,
+        "methods": dict(methods),
+        "opset": result.model.opset,
+        "plan": result.plan.to_dict(),
+    }
+    lines = [
+        f"scheme {recipe.scheme}, target {result.plan.target}, ranges by "
+        + (", ".join(f"{name} ({n})" for name, n in methods.most_common()) or "none needed"),
+        f"quantized {len(quantized)} of {len(nodes)} nodes, weights {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB",
+    ]
+    if not quantized:
+        output.warn("nothing was quantized; the reasons are below")
+    if given["why"] or given["dry_run"] or not quantized:
+        lines += output.table(
+            ["node", "op", "stored as", "reason"],
+            [[d.site.node, d.op, _stored(d), d.reason] for d in nodes.values()],
+        )
+    else:
+        lines += ["left in float (qpipe quantize --why lists every node):"]
+        lines += output.table(["nodes", "reason"], [[n, reason] for reason, n in _reasons(kept).most_common()])
+    lines += [f"wrote {path}" for path in written]
+    output.emit(data, given["as_json"], lines)
+
+
+def _stored(decision: Any) -> str:
+    from ..plan import spec_text
+
+    return spec_text(decision.spec) if decision.spec else "float"
+
+
+def _reasons(kept: list[Any]) -> Counter[str]:
+    import re
+
+    return Counter(re.sub(r"'[^']*'", "...", d.reason) + f" ({d.op})" for d in kept)

@@ -20,8 +20,8 @@ from typing import Any
 
 import psutil
 
-from ..calibrate.errors import EnvironmentError_, PluginError
-from . import cpu
+from ..calibrate.errors import EnvironmentError_
+from . import cpu, runtime
 
 SCHEMA_VERSION = 1
 
@@ -140,8 +140,6 @@ def runtime_facts() -> dict[str, Any]:
     """Return which ONNX Runtime is installed, where, what its providers can do, and which files it runs."""
     distributions = {name: version for name in RUNTIMES if (version := installed(name))}
     facts: dict[str, Any] = {"distributions": distributions, "version": None}
-    from . import runtime
-
     try:
         ort = runtime.load_onnxruntime()
     except EnvironmentError_ as error:
@@ -169,18 +167,16 @@ def cuda_facts() -> dict[str, Any]:
 
 
 def plugin_facts() -> dict[str, Any]:
-    """Return whether qpipe's operator library is built, and whether the installed ONNX Runtime takes it."""
+    """Return whether qpipe's operator library is built, whether it loads, and what it says about itself."""
     from .. import plugins
 
     if not plugins.is_built():
         return {"built": False, "loads": False, "error": None}
-    from . import session
-
     try:
-        session.session_options()
-    except (PluginError, EnvironmentError_) as error:
+        plugins.register(runtime.load_onnxruntime().SessionOptions())
+        return {"built": True, "loads": True, "error": None, **plugins.info()}
+    except EnvironmentError_ as error:
         return {"built": True, "loads": False, "error": str(error)}
-    return {"built": True, "loads": True, "error": None}
 
 
 def storage_facts(folder: Path) -> dict[str, Any]:
@@ -232,18 +228,16 @@ def _advise_packages(packages: dict[str, dict[str, Any]]) -> Iterator[Advice]:
             yield Advice(level=level, what=what, do=f"pip install --upgrade '{name}>={fact['floor']}'")
 
 
-def _advise_runtime(runtime: dict[str, Any], cuda: dict[str, Any]) -> Iterator[Advice]:
-    from .runtime import INSTALL_LINE
-
-    names = list(runtime["distributions"])
+def _advise_runtime(facts: dict[str, Any], cuda: dict[str, Any]) -> Iterator[Advice]:
+    names = list(facts["distributions"])
     if len(names) > 1:
         keep = next((name for name in names if name != "onnxruntime"), names[0])
         what = f"{' and '.join(names)} are installed together and overwrite each other's files"
         yield Advice(level="error", what=what, do=f"pip uninstall -y {' '.join(names)} && pip install {keep}")
-    if runtime["version"] is None:
-        yield Advice(level="error", what=f"no usable ONNX Runtime: {runtime['error']}", do=INSTALL_LINE)
+    if facts["version"] is None:
+        yield Advice(level="error", what=f"no usable ONNX Runtime: {facts['error']}", do=runtime.INSTALL_LINE)
         return
-    cuda_provider = runtime["providers"].get("CUDAExecutionProvider")
+    cuda_provider = facts["providers"].get("CUDAExecutionProvider")
     if cuda["driver"] and not (cuda_provider and cuda_provider["usable"]):
         missing = [name for name, path in cuda["libraries"].items() if path is None]
         reason = f"not found: {', '.join(missing)}" if missing else "the provider does not load"

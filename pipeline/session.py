@@ -9,13 +9,14 @@ to int8 (accuracy level 4). Both are measured by `validate`, apart.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ..calibrate.errors import EnvironmentError_, ModelError, UsageError
+from ..calibrate.errors import EnvironmentError_, ModelError, PluginError, UsageError
 from .cpu import cpu_features, has_vnni, int8_saturates
 from .runtime import load_onnxruntime, ort_errors, translate
 
@@ -34,6 +35,7 @@ DEPLOYED_ACCURACY_LEVEL = "4"
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 _QUIET = 4
+_LOG = logging.getLogger(__name__)
 
 __all__ = [
     "SessionExtras",
@@ -44,6 +46,7 @@ __all__ = [
     "load_onnxruntime",
     "make_session",
     "ort_errors",
+    "plugin_status",
     "provider_error",
     "session_device",
     "session_facts",
@@ -151,6 +154,7 @@ def session_facts(session: onnxruntime.InferenceSession) -> dict[str, Any]:
         "graph_optimization": options.graph_optimization_level.name,
         "qdq_matmulnbits_accuracy_level": int(options.get_session_config_entry(ACCURACY_KEY)),
         "threads": options.intra_op_num_threads,
+        "plugin": plugin_status(),
     }
 
 
@@ -229,12 +233,27 @@ def _register(options: onnxruntime.SessionOptions, library: Path) -> None:
 
 
 def _register_plugin(options: onnxruntime.SessionOptions) -> None:
+    from .. import plugins
+
     try:
-        from .. import plugins
-    except ImportError:
-        return
-    if hasattr(plugins, "is_built") and plugins.is_built():
-        plugins.register(options)
+        if plugins.is_built():
+            plugins.register(options)
+    except PluginError as error:
+        # Most models need no plugin, and those of qpipe carry a body of standard operators to fall back on.
+        _LOG.warning("running without the plugin library: %s", error)
+
+
+def plugin_status() -> str:
+    """Return ``"registered"``, ``"not built"``, or why the built library does not load."""
+    from .. import plugins
+
+    if not plugins.is_built():
+        return "not built"
+    try:
+        plugins.register(load_onnxruntime().SessionOptions())
+    except PluginError as error:
+        return str(error)
+    return "registered"
 
 
 def _one_node_model() -> bytes:

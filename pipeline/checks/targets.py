@@ -38,7 +38,7 @@ TRAITS = {
     "ort-cpu": TargetTraits(types=ORT_TYPES, max_opset=25),
     "ort-cuda": TargetTraits(types=ORT_TYPES, max_opset=25),
     "openvino": TargetTraits(types=INTEGERS - {"UINT16"} | FLOAT8 | {"FLOAT4E2M1"}),
-    "portable": TargetTraits(types=EIGHT_BIT, blocks=False, max_opset=25),
+    "portable": TargetTraits(types=ORT_TYPES | {"FLOAT4E2M1"}, max_opset=25),
     "qnn": TargetTraits(types=INTEGERS, shared_scales=True, blocks=False, max_opset=25),
     "tensorrt": TargetTraits(
         types=frozenset({"INT8", "INT4", "FLOAT8E4M3FN", "FLOAT4E2M1"}), symmetric=True, positive_blocks=True

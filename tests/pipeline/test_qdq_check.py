@@ -16,6 +16,7 @@ from qpipe.pipeline import graph
 from qpipe.pipeline.checks import RULES
 from qpipe.pipeline.checks.targets import TRAITS, TargetTraits
 from qpipe.pipeline.qdq_check import check_qdq
+from qpipe.pipeline.targets import TARGETS
 
 
 @dataclass
@@ -269,7 +270,7 @@ def test_targets_add_their_demands() -> None:
     assert set(findings(Net().build(), "tensorrt")) == {"target-type", "zero-point-symmetric"}
     assert set(findings(Net(x_zero=np.uint16(0), y_zero=None).build(), "openvino")) == {"target-type"}
     blocks = Net(w_attrs={"axis": 1, "block_size": 2}, w_scale=np.ones((4, 2, 1, 1), np.float32), w_zero=None)
-    assert "target-type" in findings(blocks.build(), "portable")
+    assert "target-type" in findings(blocks.build(), "qnn")
     assert "target-type" not in findings(blocks.build(), "ort-cpu")
     with pytest.raises(RecipeError, match="tensorr"):
         findings(Net().build(), "tensorr")
@@ -358,6 +359,10 @@ def test_every_rule_explains_itself_and_is_tried_here() -> None:
         assert rule.why.endswith((".", ")", "``", '"'))
         assert rule.do
         assert rule.severity in ("error", "warning")
+
+
+def test_the_checker_knows_every_target() -> None:
+    assert set(TARGETS.names()) <= set(TRAITS)
 
 
 def test_traits_name_types_that_exist() -> None:

@@ -217,6 +217,18 @@ def test_library_that_does_not_load_is_named(tmp_path: Path) -> None:
     assert str(library) in str(caught.value)
 
 
+def test_plugin_that_does_not_load_is_said_and_does_not_stop_other_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    library = tmp_path / "libqpipe_ops.so"
+    library.write_bytes(b"not a library")
+    monkeypatch.setenv("QPIPE_PLUGIN", str(library))
+    session = S.make_session(_model(RELU))
+    assert session.run(None, {"x": np.array([[-1, 0, 2]], np.float32)})[0].tolist() == [[0, 0, 2]]
+    assert "without the plugin" in caplog.text
+    assert str(library) in S.session_facts(session)["plugin"]
+
+
 @pytest.mark.parametrize(
     ("text", "vnni", "feature"),
     [

@@ -102,6 +102,16 @@ class Histogram:
         return self.extrema.total
 
     @property
+    def nonfinite(self) -> int:
+        """Number of NaN, +Inf and -Inf."""
+        return self.extrema.nonfinite
+
+    @property
+    def sentinel(self) -> int:
+        """Number of mask sentinels."""
+        return self.extrema.sentinel
+
+    @property
     def zero(self) -> int:
         """Number of zeros of either sign, subnormals below 2^-133 (9.2e-41) included."""
         return int(self.counts[(self.ids & np.uint16(_SIGN - 1)) == 0].sum())

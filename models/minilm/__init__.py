@@ -80,7 +80,7 @@ def calibration_batches(samples: int = CALIBRATION_SENTENCES, batch: int = 8) ->
     yield from _batches(calibration_sentences(samples), batch)
 
 
-def evaluation_batches(batch: int = 16) -> Iterator[Batch]:
+def evaluation_batches(batch: int = 8) -> Iterator[Batch]:
     """Yield the tokenized held-out sentences, padded to the longest of their batch.
 
     Args:

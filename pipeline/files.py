@@ -15,6 +15,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import stat
 import time
 from collections.abc import Iterator
@@ -100,9 +101,7 @@ def replace_file(path: str | Path, *, force: bool = False) -> Iterator[Path]:
     target = Path(path)
     with claim(target, force=force), writing(target), temporary(target) as tmp:
         yield tmp
-        sync(tmp)
-        tmp.replace(target)
-        sync(target.parent)
+        put(tmp, target)
 
 
 @contextlib.contextmanager
@@ -152,8 +151,31 @@ def writing(target: Path) -> Iterator[None]:
         ) from error
 
 
-def sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
+def put(tmp: Path, target: Path) -> None:
+    """Flush a finished temporary file and rename it over ``target``, in one step and for good."""
+    _sync(tmp)
+    tmp.replace(target)
+    _sync(target.parent)
+
+
+def require_space(target: Path, size: int) -> None:
+    """Fail early when ``size`` bytes cannot fit beside ``target``.
+
+    Raises:
+        WriteError: The file system has less free space.
+    """
+    free = shutil.disk_usage(target.parent).free
+    if free < size:
+        raise WriteError(
+            f"cannot write {target.name}: the disk is full",
+            where=str(target),
+            found=f"{free} bytes free",
+            expected=f"{size} bytes",
+            do="choose a folder on another disk with -o, or free some space",
+        )
+
+
+def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

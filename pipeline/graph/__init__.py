@@ -6,9 +6,9 @@ from .checking import check, check_proto
 from .constants import computed, constant, stored_size, values
 from .exporter import to_proto
 from .identity import Topology, model_hash, topology
-from .importer import all_graphs, constants, from_proto
+from .importer import clone, from_proto
 from .model import Model
-from .queries import consumers, fresh_name, producer
+from .queries import all_graphs, constants, consumers, fresh_name, producer
 from .reading import load
 from .writing import EXTERNAL_THRESHOLD, save
 
@@ -19,6 +19,7 @@ __all__ = [
     "all_graphs",
     "check",
     "check_proto",
+    "clone",
     "computed",
     "constant",
     "constants",

@@ -3,14 +3,11 @@
 graphsurgeon keeps a constant's values in an array or behind a `LazyValues`. Here every constant that comes from a file
 or from `constant` holds a `Values`: a header (type, dimensions) and a source of bytes, read when somebody asks and
 never kept. So a model may be larger than memory, and types that numpy does not have stay what they are.
-
-Source: ONNX TensorProto: ``raw_data`` is little-endian, sub-byte elements packed from the low bits up.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -22,33 +19,10 @@ from onnx_graphsurgeon import Constant
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from ...calibrate.errors import ModelError
-from .external import CHUNK, FileRange
-
-Array = npt.NDArray[Any]
+from .external import FileRange
+from .protos import Array, byte_size, header, is_packed, numpy_type, onnx_type_of, pack, unpack
 
 _KEYS = itertools.count(1)
-_PACKED_BITS = {
-    TensorProto.INT2: 2,
-    TensorProto.UINT2: 2,
-    TensorProto.INT4: 4,
-    TensorProto.UINT4: 4,
-    TensorProto.FLOAT4E2M1: 4,
-}
-for _name in ("FLOAT6E2M3", "FLOAT6E3M2"):
-    if hasattr(TensorProto, _name):
-        _PACKED_BITS[getattr(TensorProto, _name)] = 6
-
-
-def numpy_type(onnx_type: int) -> np.dtype[Any]:
-    """Return the numpy (or ml_dtypes) type of unpacked elements of an ONNX type."""
-    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(onnx_type))
-
-
-def byte_size(onnx_type: int, dims: Iterable[int]) -> int:
-    """Return how many bytes the packed elements of a tensor take."""
-    count = math.prod(dims)
-    bits = _PACKED_BITS.get(onnx_type) or numpy_type(onnx_type).itemsize * 8
-    return (count * bits + 7) // 8
 
 
 class Values(LazyValues):  # type: ignore[misc]
@@ -81,7 +55,11 @@ class Values(LazyValues):  # type: ignore[misc]
 
 
 class KeyedValues(Values):
-    """Values outside of the TensorProto, which says so by an in-memory ``location`` of its own, ``#key``."""
+    """Values outside of the TensorProto.
+
+    Attributes:
+        key: What stands for them in a TensorProto, as an in-memory ``location``: ``#`` and a number of their own.
+    """
 
     def __init__(self, tensor: TensorProto) -> None:
         super().__init__(header(tensor))
@@ -89,7 +67,11 @@ class KeyedValues(Values):
 
 
 class FileValues(KeyedValues):
-    """Values in an external data file, mapped into memory when read."""
+    """Values in an external data file, mapped into memory when read.
+
+    Attributes:
+        source: Where they lie.
+    """
 
     def __init__(self, tensor: TensorProto, source: FileRange) -> None:
         super().__init__(tensor)
@@ -113,33 +95,17 @@ class ComputedValues(KeyedValues):
 
     def read(self) -> Array:
         """Return all blocks in one array [shape]."""
-        parts = [np.asarray(block, dtype=self.dtype).reshape(-1) for block in self._blocks()]
+        parts = [self._typed(block).reshape(-1) for block in self._blocks()]
         return np.concatenate(parts or [np.empty(0, self.dtype)]).reshape(self.shape)
 
     def chunks(self) -> Iterator[Any]:
         """Yield the packed bytes of one block after the other."""
-        return (pack(np.asarray(block, dtype=self.dtype)) for block in self._blocks())
+        if is_packed(self.tensor.data_type):
+            return (pack(self._typed(block)) for block in self._blocks())
+        return (np.ascontiguousarray(self._typed(block)).view(np.uint8).data for block in self._blocks())
 
-
-def header(tensor: TensorProto) -> TensorProto:
-    """Return a copy of ``tensor`` without its data: name, type, dimensions, documentation."""
-    bare = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims, doc_string=tensor.doc_string)
-    bare.metadata_props.extend(tensor.metadata_props)
-    return bare
-
-
-def pack(array: Array) -> bytes:
-    """Return the bytes that ``raw_data`` holds for unpacked elements."""
-    return numpy_helper.from_array(array).raw_data
-
-
-def unpack(data: Any, tensor: TensorProto) -> Array:
-    """Return the elements [dims] that the packed bytes ``data`` stand for."""
-    if tensor.data_type in _PACKED_BITS:
-        filled = header(tensor)
-        filled.raw_data = bytes(data)
-        return numpy_helper.to_array(filled)
-    return np.frombuffer(data, dtype=numpy_type(tensor.data_type)).reshape(tuple(tensor.dims))
+    def _typed(self, block: npt.ArrayLike) -> Array:
+        return np.atleast_1d(np.asarray(block, dtype=self.dtype))
 
 
 def constant(name: str, array: npt.ArrayLike, onnx_type: str | int | None = None) -> Constant:
@@ -157,8 +123,7 @@ def constant(name: str, array: npt.ArrayLike, onnx_type: str | int | None = None
     if onnx_type is not None:
         number = TensorProto.DataType.Value(onnx_type) if isinstance(onnx_type, str) else onnx_type
         data = data.astype(numpy_type(number), copy=False)
-    tensor = numpy_helper.from_array(np.ascontiguousarray(data).reshape(data.shape), name)
-    return Constant(name, Values(tensor))
+    return Constant(name, Values(numpy_helper.from_array(data, name)))
 
 
 def computed(name: str, shape: Iterable[int], onnx_type: str, blocks: Callable[[], Iterable[Array]]) -> Constant:
@@ -175,48 +140,60 @@ def computed(name: str, shape: Iterable[int], onnx_type: str, blocks: Callable[[
     return Constant(name, ComputedValues(tensor, blocks))
 
 
+def stored(tensor: Constant) -> Values:
+    """Return the `Values` of a constant, wrapping what it holds if need be; the constant stays as it is.
+
+    Raises:
+        TypeError: It is a sparse constant.
+    """
+    held = tensor._values
+    if isinstance(held, Values):
+        return held
+    if isinstance(held, SparseValues):
+        raise TypeError(f"constant {tensor.name!r} is sparse")
+    if isinstance(held, LazyValues):
+        return Values(held.tensor)
+    return Values(numpy_helper.from_array(np.asarray(held), tensor.name))
+
+
 def values(tensor: Constant) -> Array:
     """Return a constant's values [shape], unpacked, without keeping them in the graph.
 
     External data comes as a read-only view of the mapped file: only what is touched is read.
 
     Raises:
-        ModelError: The data file changed since the model was loaded.
+        ModelError: The data file changed since the model was loaded, or a sparse constant is damaged.
     """
-    stored = tensor._values
-    if isinstance(stored, Values):
-        return stored.read()
-    if isinstance(stored, SparseValues):
-        return densify(stored.tensor)
-    return numpy_helper.to_array(stored.tensor) if isinstance(stored, LazyValues) else np.asarray(stored)
+    held = tensor._values
+    if isinstance(held, SparseValues):
+        return densify(held.tensor)
+    return np.asarray(held) if isinstance(held, np.ndarray) else stored(tensor).read()
 
 
 def densify(sparse: onnx.SparseTensorProto) -> Array:
-    """Return the dense array [dims] of a sparse tensor (linear or coordinate indices)."""
+    """Return the dense array [dims] of a sparse tensor (linear or coordinate indices).
+
+    Raises:
+        ModelError: Indices lie outside the dimensions, or the data is external.
+    """
+    name = sparse.values.name
+    if TensorProto.EXTERNAL in (sparse.values.data_location, sparse.indices.data_location):
+        raise ModelError(f"sparse tensor {name!r} has external data", expected="data inside the model file")
     dense = np.zeros(tuple(sparse.dims), dtype=numpy_type(sparse.values.data_type))
     indices = numpy_helper.to_array(sparse.indices)
-    flat = indices if indices.ndim == 1 else np.ravel_multi_index(tuple(indices.T), dense.shape)
-    if len(flat) and not 0 <= int(flat.min()) <= int(flat.max()) < dense.size:
-        raise ModelError(f"sparse tensor {sparse.values.name!r} has indices outside its dimensions")
-    dense.reshape(-1)[flat] = numpy_helper.to_array(sparse.values)
+    try:
+        flat = indices if indices.ndim == 1 else np.ravel_multi_index(tuple(indices.T), dense.shape)
+        dense.reshape(-1)[flat] = numpy_helper.to_array(sparse.values)
+    except (ValueError, IndexError) as error:
+        raise ModelError(f"sparse tensor {name!r} has indices outside its dimensions", found=str(error)) from error
     return dense
 
 
 def stored_size(tensor: Constant) -> int:
     """Return the bytes that a constant takes in a model file, without reading it."""
-    stored = tensor._values
-    if isinstance(stored, Values):
-        return stored.nbytes
-    if isinstance(stored, SparseValues):
-        return int(stored.tensor.ByteSize())
-    if isinstance(stored, LazyValues):
-        return byte_size(stored.tensor.data_type, stored.tensor.dims)
-    return byte_size(onnx_type_of(stored), stored.shape)
-
-
-def onnx_type_of(array: Array) -> int:
-    """Return the ONNX type number of an array's elements."""
-    return int(onnx.helper.np_dtype_to_tensor_dtype(array.dtype))
-
-
-__all__ = ["CHUNK", "ComputedValues", "FileValues", "KeyedValues", "Values", "computed", "constant", "values"]
+    held = tensor._values
+    if isinstance(held, SparseValues):
+        return int(held.tensor.ByteSize())
+    if isinstance(held, np.ndarray):
+        return byte_size(onnx_type_of(held.dtype), held.shape)
+    return stored(tensor).nbytes

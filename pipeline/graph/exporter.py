@@ -16,18 +16,16 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
-from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
+from onnx_graphsurgeon.ir.tensor import SparseValues
 
 from ...calibrate.errors import ModelError
-from .constants import KeyedValues, Values, header, onnx_type_of
-from .importer import STANDARD_DOMAINS, all_graphs, constants
+from .constants import KeyedValues, Values, stored
 from .model import Model
+from .protos import MAX_PROTO, embed, header, keyed_tensors, location_of, onnx_type_of, refer
+from .queries import STANDARD_DOMAINS, all_graphs, constants
 
 INLINE = 1024
 """Tensors up to this many bytes are always written into the model file itself: shapes, axes, scales."""
-
-MAX_PROTO = 2**31 - 1
-"""Largest serialized protobuf message."""
 
 
 @dataclass
@@ -42,6 +40,18 @@ class Skeleton:
     proto: onnx.ModelProto
     weights: dict[str, Values] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the whole model takes."""
+        inside = sum(self.weights[location_of(tensor)].nbytes for tensor in keyed_tensors(self.proto))
+        return int(self.proto.ByteSize()) + inside
+
+    def fill(self) -> None:
+        """Put the data of all tensors that still lack it into the model."""
+        for tensor in keyed_tensors(self.proto):
+            if location_of(tensor) in self.weights:
+                embed(tensor, b"".join(self.weights[location_of(tensor)].chunks()))
+
 
 def to_proto(model: Model) -> onnx.ModelProto:
     """Return the model as one protobuf message, all weights inside.
@@ -50,16 +60,14 @@ def to_proto(model: Model) -> onnx.ModelProto:
         ModelError: It would be larger than the 2 GiB that protobuf allows.
     """
     built = skeleton(model)
-    total = built.proto.ByteSize() + sum(values.nbytes for values in built.weights.values())
-    if total > MAX_PROTO:
+    if built.nbytes > MAX_PROTO:
         raise ModelError(
             "the model does not fit into one protobuf message",
-            found=f"{total} bytes",
+            found=f"{built.nbytes} bytes",
             expected=f"at most {MAX_PROTO}",
             do="save it to a file; the weights then go into a data file of their own",
         )
-    for tensor in keyed_tensors(built.proto):
-        fill(tensor, built.weights)
+    built.fill()
     return built.proto
 
 
@@ -79,41 +87,6 @@ def skeleton(model: Model) -> Skeleton:
     proto.functions.extend(OnnxExporter.export_function(function) for function in model.graph.functions)
     _GraphExporter(built, model).export(model.graph, proto.graph)
     return built
-
-
-def keyed_tensors(proto: onnx.ModelProto) -> Iterator[TensorProto]:
-    """Yield every tensor of a skeleton whose data is elsewhere, wherever in the model it stands."""
-    for tensor in all_tensors(proto):
-        if tensor.data_location == TensorProto.EXTERNAL:
-            yield tensor
-
-
-def all_tensors(message: Any) -> Iterator[TensorProto]:
-    """Yield every TensorProto inside a protobuf message."""
-    if isinstance(message, TensorProto):
-        yield message
-        return
-    for descriptor, value in message.ListFields():
-        if descriptor.message_type is None or descriptor.message_type.name in _TENSORLESS:
-            continue
-        for part in value if descriptor.is_repeated else (value,):
-            yield from all_tensors(part)
-
-
-_TENSORLESS = {"ValueInfoProto", "StringStringEntryProto", "OperatorSetIdProto", "TypeProto", "TensorAnnotation"}
-
-
-def location_of(tensor: TensorProto) -> str:
-    """Return the ``location`` of a tensor with external data, empty when it has none."""
-    return next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
-
-
-def fill(tensor: TensorProto, weights: dict[str, Values]) -> None:
-    """Put the data of a keyed tensor into the tensor itself."""
-    values = weights[location_of(tensor)]
-    tensor.raw_data = b"".join(bytes(chunk) for chunk in values.chunks())
-    tensor.ClearField("external_data")
-    tensor.ClearField("data_location")
 
 
 class _GraphExporter:
@@ -160,21 +133,16 @@ class _GraphExporter:
                 yield value_info(tensor)
 
     def _tensor(self, tensor: gs.Constant) -> TensorProto:
-        stored = tensor._values
-        if not isinstance(stored, LazyValues):
-            stored = Values(onnx.numpy_helper.from_array(np.asarray(stored), tensor.name))
-        elif not isinstance(stored, Values):
-            stored = Values(stored.tensor)
-        proto = self._keyed(stored) if _is_large(stored) else _whole(stored)
+        held = stored(tensor)
+        if held.tensor.data_type != TensorProto.STRING and (held.nbytes > INLINE or isinstance(held, KeyedValues)):
+            key = held.key if isinstance(held, KeyedValues) else f"#@{id(held)}"
+            self._weights[key] = held
+            proto = header(held.tensor)
+            refer(proto, location=key)
+        else:
+            proto = TensorProto()
+            proto.CopyFrom(held.tensor)
         proto.name = tensor.name
-        return proto
-
-    def _keyed(self, stored: Values) -> TensorProto:
-        key = stored.key if isinstance(stored, KeyedValues) else f"#{len(self._weights)}-{id(stored)}"
-        self._weights[key] = stored
-        proto = header(stored.tensor)
-        proto.data_location = TensorProto.EXTERNAL
-        proto.external_data.add(key="location", value=key)
         return proto
 
     def _node(self, node: gs.Node, proto: NodeProto) -> None:
@@ -213,29 +181,17 @@ def _plain_attribute(node: gs.Node, name: str, value: Any) -> AttributeProto:
     elif isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, list | tuple) and not value:
-        # The type of an empty list is written in the operator's schema only.
-        kind = AttributeProto.INTS
-        if onnx.defs.has(node.op, node.domain or ""):
-            schema = onnx.defs.get_schema(node.op, node.domain or "")
-            kind = schema.attributes[name].type.value if name in schema.attributes else kind
-        return AttributeProto(name=name, type=kind)
+        # What an empty list is a list of, only the operator's schema says.
+        return AttributeProto(name=name, type=schema_type(node.op, node.domain or "", name) or AttributeProto.INTS)
     return onnx.helper.make_attribute(name, value)
 
 
-def _is_large(stored: Values) -> bool:
-    return stored.tensor.data_type != TensorProto.STRING and (
-        stored.nbytes > INLINE or stored.tensor.data_location == TensorProto.EXTERNAL
-    )
-
-
-def _whole(stored: Values) -> TensorProto:
-    if isinstance(stored, KeyedValues):
-        proto = header(stored.tensor)
-        proto.raw_data = b"".join(bytes(chunk) for chunk in stored.chunks())
-        return proto
-    proto = TensorProto()
-    proto.CopyFrom(stored.tensor)
-    return proto
+def schema_type(op: str, domain: str, attribute: str) -> int | None:
+    """Return the type that an operator's schema gives an attribute, None when ONNX does not know it."""
+    if not onnx.defs.has(op, domain):
+        return None
+    attributes = onnx.defs.get_schema(op, domain).attributes
+    return int(attributes[attribute].type.value) if attribute in attributes else None
 
 
 def value_info(tensor: gs.Tensor) -> ValueInfoProto:
@@ -247,7 +203,7 @@ def value_info(tensor: gs.Tensor) -> ValueInfoProto:
     proto.name = tensor.name
     if tensor.dtype is None:
         return proto
-    number = tensor.dtype if isinstance(tensor.dtype, int) else onnx_type_of(np.empty(0, tensor.dtype))
+    number = tensor.dtype if isinstance(tensor.dtype, int) else onnx_type_of(tensor.dtype)
     fresh = onnx.helper.make_tensor_type_proto(number, None if tensor.shape is None else list(tensor.shape))
     if not _same_type(proto.type, fresh):
         denotation = proto.type.denotation
@@ -292,6 +248,3 @@ def _homes(graph: gs.Graph) -> dict[int, list[gs.Constant]]:
 def _common(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:
     count = sum(a == b for a, b in zip(one, other, strict=False))
     return one[:count]
-
-
-__all__ = ["GraphProto", "ModelError", "Skeleton", "fill", "keyed_tensors", "location_of", "skeleton", "to_proto"]

@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import mmap
 import os
+import shlex
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
 from ...calibrate.errors import ModelError
 
 CHUNK = 16 * 2**20
-"""Bytes that are copied at a time."""
+"""Bytes that are mapped at a time when a range is copied."""
+
+_OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,22 +41,25 @@ class FileRange:
     length: int
     identity: tuple[int, int, int]
 
-    def map(self) -> memoryview:
-        """Map the bytes into memory; only the pages that are touched are read.
+    def map(self, start: int = 0, length: int | None = None) -> memoryview:
+        """Map ``length`` bytes (all when None) from ``start`` of the range; only pages that are touched are read.
 
         Raises:
             ModelError: The file was replaced since the path rules were applied.
         """
-        if self.length == 0:
+        size = self.length - start if length is None else length
+        if size == 0:
             return memoryview(b"")
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-        descriptor = os.open(self.path, flags)
+        try:
+            descriptor = os.open(self.path, _OPEN_FLAGS)
+        except OSError as error:
+            raise ModelError("a data file cannot be read", where=str(self.path), found=error.strerror) from error
         try:
             if _identity(os.fstat(descriptor)) != self.identity:
                 raise ModelError("a data file changed while it was in use", where=str(self.path), do="run again")
-            start = self.offset - self.offset % mmap.ALLOCATIONGRANULARITY
-            skip = self.offset - start
-            mapped = mmap.mmap(descriptor, skip + self.length, access=mmap.ACCESS_READ, offset=start)
+            first = self.offset + start
+            skip = first % mmap.ALLOCATIONGRANULARITY
+            mapped = mmap.mmap(descriptor, skip + size, access=mmap.ACCESS_READ, offset=first - skip)
         finally:
             os.close(descriptor)
         return memoryview(mapped)[skip:]
@@ -61,18 +67,7 @@ class FileRange:
     def chunks(self) -> Iterator[memoryview]:
         """Yield the bytes in order, at most `CHUNK` of them mapped at a time."""
         for start in range(0, self.length, CHUNK):
-            size = min(CHUNK, self.length - start)
-            yield FileRange(path=self.path, offset=self.offset + start, length=size, identity=self.identity).map()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Location:
-    """What a tensor says about its external data: ``location``, ``offset``, ``length`` (None: to the end)."""
-
-    tensor: str
-    location: str
-    offset: int = 0
-    length: int | None = None
+            yield self.map(start, min(CHUNK, self.length - start))
 
 
 class DataFolder:
@@ -84,65 +79,82 @@ class DataFolder:
     """
 
     def __init__(self, model: Path, *, allow_hardlinks: bool = False) -> None:
-        absolute = Path(os.path.abspath(model))
-        self.folder = absolute.parent
-        self._homes = (Path(os.path.realpath(absolute.parent)), Path(os.path.realpath(absolute)).parent)
+        self.folder = model.absolute().parent
+        self._homes = (self.folder.resolve(), model.resolve().parent)
         self._allow_hardlinks = allow_hardlinks
         self._known: dict[str, tuple[Path, os.stat_result]] = {}
 
-    def locate(self, place: Location, size: int) -> FileRange:
-        """Apply the rules to one tensor of ``size`` bytes.
+    def locate(self, tensor: str, entries: Mapping[str, str], size: int) -> FileRange:
+        """Apply the rules to one tensor.
+
+        Args:
+            tensor: Its name, for messages.
+            entries: Its ``external_data``: ``location``, ``offset`` (0 when absent), ``length`` (``size`` when absent).
+            size: Bytes that its type and dimensions ask for.
 
         Raises:
             ModelError: The location leaves the folder, is no plain file, is missing or too short, or has other names.
         """
-        if place.location not in self._known:
-            self._known[place.location] = self._admit(place)
-        path, status = self._known[place.location]
-        length = size if place.length is None else place.length
-        if place.offset < 0 or length < 0 or place.offset + length > status.st_size or length != size:
-            raise ModelError(
-                f"the data of weight {place.tensor!r} does not fit its file",
-                where=str(self.folder / place.location),
-                found=f"offset {place.offset}, length {length}, file of {status.st_size} bytes",
-                expected=f"{size} bytes for this weight, inside the file",
-                do="fetch the data file again; it is probably cut off or belongs to another model",
-            )
-        return FileRange(path=path, offset=place.offset, length=length, identity=_identity(status))
-
-    def _admit(self, place: Location) -> tuple[Path, os.stat_result]:
-        location = place.location
-        parts = PureWindowsPath(location).parts
-        if not location or "\0" in location or os.path.isabs(location) or PureWindowsPath(location).anchor:
-            raise self._outside(place, "an absolute or empty path")
-        if ".." in parts:
-            raise self._outside(place, "a path with '..'")
-        real = Path(os.path.realpath(self.folder / location))
-        if not any(real.is_relative_to(home) for home in self._homes):
-            raise self._outside(place, f"a link to {real}")
+        location = entries.get("location", "")
+        if location not in self._known:
+            self._known[location] = self._admit(tensor, location)
+        path, status = self._known[location]
         try:
-            status = real.lstat()
-        except FileNotFoundError:
+            offset, length = int(entries.get("offset", 0)), int(entries.get("length", size))
+        except ValueError as error:
+            raise ModelError(f"weight {tensor!r} has no readable offset or length", found=str(error)) from error
+        if offset < 0 or length != size or offset + length > status.st_size:
             raise ModelError(
-                f"the data file of weight {place.tensor!r} is missing",
+                f"the data of weight {tensor!r} does not fit its file",
                 where=str(self.folder / location),
-                do="put the data file beside the model; it is part of the model",
-            ) from None
-        if not stat.S_ISREG(status.st_mode):
-            raise ModelError(f"refused: weight {place.tensor!r} does not lie in a plain file", where=str(real))
-        if status.st_nlink > 1 and not self._allow_hardlinks and _names_in(real.parent, status) < status.st_nlink:
-            raise ModelError(
-                f"refused: the data file of weight {place.tensor!r} has other names outside the model folder",
-                where=str(real),
-                found=f"{status.st_nlink} hard links",
-                expected="1, or all of them in the model folder",
-                do=f"cp --reflink=auto {real} {real}.copy && mv {real}.copy {real}",
+                found=f"offset {offset}, length {length}, file of {status.st_size} bytes",
+                expected=f"length {size} (what its dimensions ask for), inside the file",
+                do="fetch the data file again; it is cut off, or belongs to another model",
             )
+        return FileRange(path=path, offset=offset, length=length, identity=_identity(status))
+
+    def _admit(self, tensor: str, location: str) -> tuple[Path, os.stat_result]:
+        windows = PureWindowsPath(location)
+        if not location or "\0" in location or Path(location).is_absolute() or windows.anchor:
+            raise self._outside(tensor, location, "an absolute path" if location else "an empty path")
+        if ".." in windows.parts:
+            raise self._outside(tensor, location, "a path with '..'")
+        try:
+            real = (self.folder / location).resolve()
+            if not any(real.is_relative_to(home) for home in self._homes):
+                raise self._outside(tensor, location, f"a link to {real}")
+            status = real.lstat()
+        except (OSError, RuntimeError) as error:  # missing, no permission, a loop of links, a name too long
+            raise ModelError(
+                f"the data file of weight {tensor!r} is missing or cannot be reached",
+                where=str(self.folder / location),
+                found=getattr(error, "strerror", None) or str(error),
+                do="put the data file beside the model; it is part of the model",
+            ) from error
+        if not stat.S_ISREG(status.st_mode):
+            raise ModelError(
+                f"refused: the data of weight {tensor!r} does not lie in a plain file",
+                where=str(real),
+                expected="a plain file in the model folder",
+            )
+        self._refuse_other_names(tensor, real, status)
         return real, status
 
-    def _outside(self, place: Location, found: str) -> ModelError:
+    def _refuse_other_names(self, tensor: str, real: Path, status: os.stat_result) -> None:
+        if status.st_nlink == 1 or self._allow_hardlinks or _names_in(real.parent, status) == status.st_nlink:
+            return
+        copy = shlex.quote(f"{real}.copy")
+        raise ModelError(
+            f"refused: the data file of weight {tensor!r} has other names (hard links) outside the model folder",
+            where=str(real),
+            found=f"{status.st_nlink} hard links",
+            expected="all of its names in the model folder, or --allow-hardlinks",
+            do=f"cp --reflink=auto {shlex.quote(str(real))} {copy} && mv {copy} {shlex.quote(str(real))}",
+        )
+
+    def _outside(self, tensor: str, location: str, found: str) -> ModelError:
         return ModelError(
-            f"refused: weight {place.tensor!r} points outside the model folder ({place.location})",
+            f"refused: weight {tensor!r} points outside the model folder ({location})",
             where=str(self.folder),
             found=found,
             expected="a file in the model folder",

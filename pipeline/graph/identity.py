@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
+from onnx import TensorProto
+
 from .constants import Values
 from .exporter import skeleton
-from .importer import all_graphs
 from .model import Model
+from .protos import all_tensors, embed, header, location_of
+from .queries import all_graphs
 from .reading import load
 
 
@@ -18,39 +26,80 @@ class Topology:
     """The nodes of a graph and how they hang together, without weights.
 
     Attributes:
-        digest: SHA-256 over ``nodes`` and their connections.
+        digest: SHA-256 over ``nodes`` and the names of what they read and write.
         nodes: Name and operator of each node, in order.
     """
 
     digest: str
     nodes: tuple[tuple[str, str], ...]
 
+    def differences(self, other: Topology, limit: int = 5) -> list[str]:
+        """Say how ``other`` differs from this, ``limit`` differences at most; empty when the digests agree."""
+        if self.digest == other.digest:
+            return []
+        found = list(_differences(self.nodes, other.nodes))
+        more = [f"and {len(found) - limit} more"] if len(found) > limit else []
+        return [*found[:limit], *more] or ["the same nodes, but connected in another way"]
+
+
+def _differences(one: tuple[tuple[str, str], ...], other: tuple[tuple[str, str], ...]) -> Iterator[str]:
+    matcher = difflib.SequenceMatcher(None, one, other, autojunk=False)
+    for kind, start, stop, other_start, other_stop in matcher.get_opcodes():
+        if kind != "equal":
+            yield from (f"only in the first: {name} ({op})" for name, op in one[start:stop])
+            yield from (f"only in the second: {name} ({op})" for name, op in other[other_start:other_stop])
+
 
 def model_hash(model: Model | str | Path) -> str:
-    """Return the SHA-256 of a model's content: graph and weights, external ones included, however they are stored."""
-    if not isinstance(model, Model):
-        model = load(model)
-    built = skeleton(model)
-    total = hashlib.sha256(built.proto.graph.SerializeToString(deterministic=True))
-    for _, values in sorted(built.weights.items()):
-        total.update(_digest(values))
-    return total.hexdigest()
+    """Return the SHA-256 of what a model computes: graph, functions and all weights, wherever they are stored.
+
+    Metadata, documentation, producer and IR version do not count, so a saved copy has the hash of its source.
+    External weights are read once, a few megabytes at a time.
+    """
+    built = skeleton(model if isinstance(model, Model) else load(model))
+    content = onnx.ModelProto(graph=built.proto.graph, functions=built.proto.functions)
+    content.opset_import.extend(built.proto.opset_import)
+    tensors = list(all_tensors(content))
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        digests = pool.map(lambda tensor: _digest(tensor, built.weights), tensors)
+        for tensor, digest in zip(tensors, digests, strict=True):
+            bare = header(tensor)
+            bare.ClearField("doc_string")
+            bare.ClearField("metadata_props")
+            tensor.CopyFrom(bare)
+            embed(tensor, digest)
+    _drop_documentation(content.graph)
+    return hashlib.sha256(content.SerializeToString(deterministic=True)).hexdigest()
 
 
-def _digest(values: Values) -> bytes:
+def _digest(tensor: TensorProto, weights: dict[str, Values]) -> bytes:
     digest = hashlib.sha256()
-    for chunk in values.chunks():
+    if tensor.data_type == TensorProto.STRING:
+        digest.update(repr(list(tensor.string_data)).encode())
+        return digest.digest()
+    for chunk in (weights.get(location_of(tensor)) or Values(tensor)).chunks():
         digest.update(chunk)
     return digest.digest()
 
 
+def _drop_documentation(graph: onnx.GraphProto) -> None:
+    for field in ("doc_string", "metadata_props", "value_info", "name"):
+        graph.ClearField(field)
+    for node in graph.node:
+        node.ClearField("doc_string")
+        node.ClearField("metadata_props")
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _drop_documentation(attribute.g)
+
+
 def topology(model: Model) -> Topology:
-    """Return the topology of a model."""
+    """Return the topology of a model, graphs inside its nodes included."""
     digest = hashlib.sha256()
     nodes = []
     for graph in all_graphs(model.graph):
         for node in graph.nodes:
             nodes.append((node.name, node.op))
-            names = [tensor.name for tensor in [*node.inputs, *node.outputs]]
-            digest.update(repr((node.name, node.op, node.domain or "", names)).encode())
+            read, written = ([tensor.name for tensor in side] for side in (node.inputs, node.outputs))
+            digest.update(repr((node.name, node.op, node.domain or "", read, written)).encode())
     return Topology(digest.hexdigest(), tuple(nodes))

@@ -7,19 +7,26 @@ inputs with default values and for some kinds of attributes. Each such rest is k
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import onnx
 import onnx_graphsurgeon as gs
-from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, ValueInfoProto
+from google.protobuf.message import Message
+from onnx import AttributeProto, GraphProto, NodeProto, ValueInfoProto
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from .constants import FileValues, KeyedValues, Values, numpy_type
-from .external import FileRange
+from ...calibrate.errors import ModelError
+from .constants import Values
+from .exporter import schema_type, skeleton
 from .model import Model
+from .protos import keyed_tensors, location_of, numpy_type
+from .queries import STANDARD_DOMAINS, all_graphs, constants
+
+_M = TypeVar("_M", bound=Message)
 
 _PLAIN = {
     AttributeProto.FLOAT,
@@ -29,8 +36,8 @@ _PLAIN = {
     AttributeProto.FLOATS,
     AttributeProto.INTS,
 }
+_LISTS = {AttributeProto.FLOATS, AttributeProto.INTS, AttributeProto.STRINGS}
 _MARK = "\0qpipe-attribute-"
-STANDARD_DOMAINS = ("", "ai.onnx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,37 +52,46 @@ def from_proto(proto: onnx.ModelProto) -> Model:
     """Turn a protobuf model, all of it in memory, into a `Model`; ``proto`` is not changed.
 
     Nodes without a name, or with a name that another node has, get an internal one; the file keeps theirs.
+
+    Raises:
+        ModelError: A tensor refers to external data; only `load` knows from which folder that may be read.
     """
-    copy = onnx.ModelProto()
-    copy.CopyFrom(proto)
-    return adopt(copy, None, {})
+    for tensor in keyed_tensors(proto):
+        raise ModelError(
+            f"weight {tensor.name!r} refers to external data",
+            expected="a model that is in memory as a whole",
+            do="give the path of the model file instead of the protobuf message",
+        )
+    return adopt(_copy(proto), None, {})
 
 
-def adopt(proto: onnx.ModelProto, path: Path | None, files: dict[str, FileRange]) -> Model:
+def clone(model: Model) -> Model:
+    """Return an independent copy of a model's graph; weights are shared, they are never written to."""
+    built = skeleton(model)
+    return adopt(built.proto, model.path, built.weights)
+
+
+def adopt(proto: onnx.ModelProto, path: Path | None, weights: dict[str, Values]) -> Model:
     """Turn ``proto`` into a `Model` and take it over.
 
     Args:
         proto: The model; changed, and kept as the place where embedded weights live.
         path: File it was read from.
-        files: Where the external data of tensors lies, by the ``location`` that the tensors carry.
+        weights: The values of tensors with external data, by the key that stands in their ``location``.
     """
     functions = [_copy(function) for function in proto.functions]
-    shell = onnx.ModelProto()
-    for name in ("producer_name", "producer_version", "domain", "model_version", "doc_string"):
-        if proto.HasField(name):
-            setattr(shell, name, getattr(proto, name))
-    shell.training_info.extend(proto.training_info)
-    shell.configuration.extend(proto.configuration)
+    shell = _rest(proto, {"graph", "functions", "ir_version", "opset_import", "metadata_props"})
     hidden = _hide_attributes(proto.graph)
     del proto.functions[:]
+    # Its warnings are about types that it cannot hold; they are held here.
     G_LOGGER.severity = G_LOGGER.ERROR
     graph = gs.import_onnx(proto)
     _complete(proto.graph, graph, hidden)
     for inner in all_graphs(graph):
-        _replace_values(inner, files)
+        _replace_values(inner, weights)
     _name_nodes(graph)
     graph.import_domains = None
-    model = Model(
+    return Model(
         graph=graph,
         path=path,
         ir_version=proto.ir_version,
@@ -83,42 +99,34 @@ def adopt(proto: onnx.ModelProto, path: Path | None, files: dict[str, FileRange]
         domains={entry.domain: entry.version for entry in proto.opset_import if entry.domain not in STANDARD_DOMAINS},
         functions=functions,
         shell=shell,
+        weights=weights,
     )
-    return model
 
 
-def all_graphs(graph: gs.Graph) -> Iterator[gs.Graph]:
-    """Yield ``graph`` and every graph inside its nodes, outer before inner."""
-    yield graph
-    for node in graph.nodes:
-        for value in node.attrs.values():
-            if isinstance(value, gs.Graph):
-                yield from all_graphs(value)
-
-
-def constants(graph: gs.Graph) -> Iterator[gs.Constant]:
-    """Yield the constants that nodes of this one graph use, hold as an attribute, or that it gives out."""
-    seen: set[int] = set()
-    for node in graph.nodes:
-        for tensor in [*node.inputs, *node.attrs.values()]:
-            if isinstance(tensor, gs.Constant) and id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield tensor
-    for tensor in graph.outputs:
-        if isinstance(tensor, gs.Constant) and id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield tensor
-
-
-def _copy(message: onnx.FunctionProto) -> onnx.FunctionProto:
-    copy = onnx.FunctionProto()
+def _copy(message: _M) -> _M:
+    copy = type(message)()
     copy.CopyFrom(message)
     return copy
 
 
-def _is_plain(attribute: AttributeProto) -> bool:
+def _rest(message: _M, known: set[str]) -> _M:
+    """Return a copy of a message without the fields in ``known``."""
+    rest = type(message)()
+    for descriptor, value in message.ListFields():
+        if descriptor.name in known:
+            continue
+        if (descriptor.message_type is None and not isinstance(value, Sequence)) or isinstance(value, str | bytes):
+            setattr(rest, descriptor.name, value)
+        else:
+            getattr(rest, descriptor.name).MergeFrom(value)
+    return rest
+
+
+def _is_plain(attribute: AttributeProto, node: NodeProto) -> bool:
     if attribute.ref_attr_name or attribute.doc_string:
         return False
+    if attribute.type in _LISTS and not (attribute.floats or attribute.ints or attribute.strings):
+        return schema_type(node.op_type, node.domain, attribute.name) == attribute.type
     if attribute.type == AttributeProto.STRING:
         return _is_text(attribute.s)
     if attribute.type == AttributeProto.STRINGS:
@@ -141,13 +149,12 @@ def _hide_attributes(graph: GraphProto) -> dict[str, AttributeProto]:
     while stack:
         for node in stack.pop().node:
             for attribute in node.attribute:
-                if _is_plain(attribute):
+                if _is_plain(attribute, node):
                     if attribute.type == AttributeProto.GRAPH:
                         stack.append(attribute.g)
                     continue
                 mark = f"{_MARK}{len(hidden)}"
-                kept = hidden[mark] = AttributeProto()
-                kept.CopyFrom(attribute)
+                kept = hidden[mark] = _copy(attribute)
                 attribute.Clear()
                 attribute.name, attribute.type, attribute.s = kept.name, AttributeProto.STRING, mark.encode()
     return hidden
@@ -175,13 +182,7 @@ def _complete(proto: GraphProto, graph: gs.Graph, hidden: dict[str, AttributePro
 
 
 def _complete_node(proto: NodeProto, node: gs.Node) -> None:
-    rest = NodeProto(
-        name=proto.name,
-        doc_string=proto.doc_string,
-        overload=proto.overload,
-        metadata_props=proto.metadata_props,
-        device_configurations=proto.device_configurations,
-    )
+    rest = _rest(proto, {"input", "output", "attribute", "op_type", "domain"})
     node.origin = NodeOrigin(node.name, rest)
 
 
@@ -192,28 +193,19 @@ def _complete_variable(proto: ValueInfoProto, variable: gs.Variable) -> None:
         variable.dtype = None
     elif not (proto.doc_string or proto.metadata_props or proto.type.denotation or _has_denotation(proto)):
         return
-    variable.origin = ValueInfoProto()
-    variable.origin.CopyFrom(proto)
+    variable.origin = _copy(proto)
 
 
 def _has_denotation(proto: ValueInfoProto) -> bool:
     return any(dim.denotation for dim in proto.type.tensor_type.shape.dim)
 
 
-def _replace_values(graph: gs.Graph, files: dict[str, FileRange]) -> None:
+def _replace_values(graph: gs.Graph, weights: dict[str, Values]) -> None:
     for tensor in constants(graph):
-        stored = tensor._values
-        if isinstance(stored, LazyValues) and not isinstance(stored, Values | SparseValues):
-            tensor._values = wrap(stored.tensor, files)
+        held = tensor._values
+        if isinstance(held, LazyValues) and not isinstance(held, Values | SparseValues):
+            tensor._values = weights.get(location_of(held.tensor)) or Values(held.tensor)
             tensor.data_location = None
-
-
-def wrap(tensor: TensorProto, files: dict[str, FileRange]) -> Values:
-    """Return the `Values` of a tensor, wherever its data lies."""
-    if tensor.data_location != TensorProto.EXTERNAL:
-        return Values(tensor)
-    location = next(entry.value for entry in tensor.external_data if entry.key == "location")
-    return FileValues(tensor, files[location])
 
 
 def _name_nodes(graph: gs.Graph) -> None:
@@ -231,6 +223,3 @@ def _name_nodes(graph: gs.Graph) -> None:
             taken.add(node.name)
             node.origin = NodeOrigin(node.name, node.origin.proto)
         seen.add(node.name)
-
-
-__all__ = ["KeyedValues", "adopt", "all_graphs", "constants", "from_proto", "wrap"]

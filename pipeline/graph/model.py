@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 import onnx_graphsurgeon as gs
 
-from .constants import KeyedValues
+from .constants import Values
 
 
 @dataclass
@@ -33,7 +33,7 @@ class Model:
     domains: dict[str, int] = field(default_factory=dict)
     functions: list[onnx.FunctionProto] = field(default_factory=list)
     shell: onnx.ModelProto = field(default_factory=onnx.ModelProto)
-    weights: dict[str, KeyedValues] = field(default_factory=dict)
+    weights: dict[str, Values] = field(default_factory=dict)
 
     @property
     def opset(self) -> int:

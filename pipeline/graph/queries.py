@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import onnx_graphsurgeon as gs
 
-from .importer import all_graphs
+STANDARD_DOMAINS = ("", "ai.onnx")
+"""Names of the domain of the standard operators."""
+
+
+def all_graphs(graph: gs.Graph) -> Iterator[gs.Graph]:
+    """Yield ``graph`` and every graph inside its nodes, outer before inner."""
+    yield graph
+    for node in graph.nodes:
+        for value in node.attrs.values():
+            if isinstance(value, gs.Graph):
+                yield from all_graphs(value)
+
+
+def constants(graph: gs.Graph) -> Iterator[gs.Constant]:
+    """Yield the constants that nodes of this one graph use, hold as an attribute, or that it gives out."""
+    seen: set[int] = set()
+    for node in graph.nodes:
+        for tensor in [*node.inputs, *node.attrs.values()]:
+            if isinstance(tensor, gs.Constant) and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor
+    for tensor in graph.outputs:
+        if isinstance(tensor, gs.Constant) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            yield tensor
 
 
 def producer(tensor: gs.Tensor) -> gs.Node | None:

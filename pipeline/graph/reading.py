@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import difflib
-import os
 import stat
 from pathlib import Path
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import TensorProto
 
 from ...calibrate.errors import ModelError, UsageError
-from .checking import check_proto
-from .constants import byte_size, header, numpy_type
-from .exporter import MAX_PROTO, all_tensors, location_of
-from .external import DataFolder, FileRange, Location
+from .checking import check_proto, check_tensor
+from .constants import FileValues, Values
+from .external import DataFolder
 from .importer import adopt
 from .model import Model
+from .protos import MAX_PROTO, byte_size, keyed_tensors, refer
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _KINDS: tuple[tuple[bytes, str, str], ...] = (
@@ -47,9 +45,9 @@ def load(path: str | Path, *, allow_hardlinks: bool = False) -> Model:
     """
     model = Path(path)
     proto = read_proto(model)
-    files = resolve(proto, DataFolder(model, allow_hardlinks=allow_hardlinks))
+    weights = resolve(proto, DataFolder(model, allow_hardlinks=allow_hardlinks))
     check_proto(proto, where=str(model))
-    return adopt(proto, model.absolute(), files)
+    return adopt(proto, model.absolute(), weights)
 
 
 def read_proto(path: Path) -> onnx.ModelProto:
@@ -130,60 +128,21 @@ def _decodes(data: bytes) -> bool:
     return "\ufffd" not in data[:-4].decode(errors="replace")
 
 
-def resolve(proto: onnx.ModelProto, folder: DataFolder) -> dict[str, FileRange]:
+def resolve(proto: onnx.ModelProto, folder: DataFolder) -> dict[str, Values]:
     """Apply the path rules to every tensor with external data, before anything is opened.
 
-    Each such tensor's ``location`` becomes a key into the result.
+    Returns:
+        The values by key; each such tensor's ``location`` has become the key.
 
     Raises:
-        ModelError: A rule is broken, or a tensor's own data has the wrong size.
+        ModelError: A rule is broken.
     """
-    files: dict[str, FileRange] = {}
-    for tensor in all_tensors(proto):
-        if tensor.data_location != TensorProto.EXTERNAL:
-            _check_size(tensor, folder)
-            continue
-        size = byte_size(tensor.data_type, _dims(tensor))
-        key = f"#{len(files)}"
-        files[key] = folder.locate(_location(tensor), size)
-        del tensor.external_data[:]
-        tensor.external_data.add(key="location", value=key)
-    return files
-
-
-def _dims(tensor: TensorProto) -> list[int]:
-    dims = list(tensor.dims)
-    if any(dim < 0 for dim in dims):
-        raise ModelError(f"tensor {tensor.name!r} has a negative dimension", found=str(dims), expected="sizes >= 0")
-    known = {number for name, number in TensorProto.DataType.items() if name != "UNDEFINED"}
-    if tensor.data_type not in known or tensor.data_type == TensorProto.STRING:
-        raise ModelError(f"tensor {tensor.name!r} cannot have external data of type {tensor.data_type}")
-    numpy_type(tensor.data_type)
-    return dims
-
-
-def _check_size(tensor: TensorProto, folder: DataFolder) -> None:
-    """Check what the checker leaves to luck: that embedded bytes are as many as the dimensions say."""
-    if not tensor.HasField("raw_data") or tensor.HasField("segment"):
-        return
-    size = byte_size(tensor.data_type, _dims(tensor))
-    if size != len(tensor.raw_data):
-        raise ModelError(
-            f"the data of tensor {tensor.name!r} does not fit its dimensions {list(tensor.dims)}",
-            where=str(folder.folder),
-            found=f"{len(tensor.raw_data)} bytes",
-            expected=f"{size} bytes",
-        )
-
-
-def _location(tensor: TensorProto) -> Location:
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    try:
-        offset = int(entries.get("offset", "0"))
-        length = int(entries["length"]) if "length" in entries else None
-    except ValueError as error:
-        raise ModelError(f"weight {tensor.name!r} has no readable offset or length", found=str(error)) from error
-    return Location(tensor=tensor.name, location=location_of(tensor), offset=offset, length=length)
-
-
-__all__ = ["header", "load", "os", "read_proto", "resolve"]
+    weights: dict[str, Values] = {}
+    for tensor in keyed_tensors(proto):
+        check_tensor(tensor, where=str(folder.folder))
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        source = folder.locate(tensor.name, entries, byte_size(tensor.data_type, tensor.dims))
+        values = FileValues(tensor, source)
+        weights[values.key] = values
+        refer(tensor, location=values.key)
+    return weights

@@ -1,23 +1,33 @@
-"""Saving a model so that the target is the old one or the complete new one, whatever its size."""
+"""Saving a model so that the target is the old one or the complete new one, whatever its size and whenever it stops.
+
+A model with external data is two files that no file system replaces in one step. When both exist already, the new
+model is first put in place reading the new data under another name (``<model>.data~``), which is one rename; then the
+data gets its final name beside that one, and the model is replaced by one that reads it there.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import onnx
 from onnx import TensorProto
 
 from ...calibrate.errors import WriteError
-from .. import files
-from .exporter import Skeleton, fill, keyed_tensors, location_of, skeleton
+from ..files import claim, put, replace_file, require_space, temporary, writing
+from .constants import FileValues
+from .exporter import Skeleton, skeleton
 from .model import Model
+from .protos import location_of, refer
 
 EXTERNAL_THRESHOLD = 3 * 2**29
 """Above this size (1.5 GiB) weights go into a data file of their own."""
 
 _ALIGNMENT = 4096
+"""Weights begin at multiples of a memory page, so that a runtime can map them."""
 
 
 def save(model: Model, path: str | Path, *, force: bool = False, external_threshold: int | None = None) -> list[Path]:
@@ -25,7 +35,7 @@ def save(model: Model, path: str | Path, *, force: bool = False, external_thresh
 
     Args:
         model: The model; not changed.
-        path: The target, ``<path>.data`` beside it when the weights are external.
+        path: The target; ``<path>.data`` lies beside it when the weights are external.
         force: Replace existing files.
         external_threshold: Size in bytes above which weights become external data, 1.5 GiB when None.
 
@@ -36,56 +46,110 @@ def save(model: Model, path: str | Path, *, force: bool = False, external_thresh
         WriteError: The target exists, is the input itself, or cannot be written.
     """
     target = Path(path).absolute()
-    _refuse_input(model, target)
-    built = skeleton(model)
-    limit = EXTERNAL_THRESHOLD if external_threshold is None else external_threshold
-    if sum(values.nbytes for values in built.weights.values()) + built.proto.ByteSize() <= limit:
-        for tensor in keyed_tensors(built.proto):
-            fill(tensor, built.weights)
-        with files.replace_file(target, force=force) as tmp:
-            tmp.write_bytes(built.proto.SerializeToString(deterministic=True))
-        return [target]
     data = target.with_name(f"{target.name}.data")
-    _refuse_input(model, data)
-    with files.replace_file(target, force=force) as tmp, files.replace_file(data, force=force) as data_tmp:
-        _write_data(built, data_tmp, data.name)
-        tmp.write_bytes(built.proto.SerializeToString(deterministic=True))
-    return [data, target]
+    built = skeleton(model)
+    _refuse_input(model, built, (target, data))
+    limit = EXTERNAL_THRESHOLD if external_threshold is None else external_threshold
+    if built.nbytes > limit and any(_external(built.proto.graph)):
+        _save_pair(built, target, data, force)
+        return [data, target]
+    built.fill()
+    with replace_file(target, force=force) as tmp:
+        is_read = _is_read(data, target)
+        tmp.write_bytes(_serialize(built))
+    if is_read:
+        data.unlink()
+    return [target]
+
+
+def _save_pair(built: Skeleton, target: Path, data: Path, force: bool) -> None:
+    with ExitStack() as stack:
+        for file in (target, data):
+            stack.enter_context(claim(file, force=force))
+        stack.enter_context(writing(target))
+        require_space(target, built.nbytes)
+        new_data = stack.enter_context(temporary(data))
+        new_model = stack.enter_context(temporary(target))
+        _write_data(built, new_data, data.name)
+        new_model.write_bytes(_serialize(built))
+        if data.exists():
+            bridge = _bridge(data)
+            _rename_data(built, bridge.name)
+            bridge_model = stack.enter_context(temporary(target))
+            bridge_model.write_bytes(_serialize(built))
+            put(new_data, bridge)
+            put(bridge_model, target)
+            _duplicate(bridge, new_data)
+        put(new_data, data)
+        put(new_model, target)
+        for leftover in data.parent.glob(f"{_escape(data.name)}~*"):
+            leftover.unlink()
+
+
+def _serialize(built: Skeleton) -> bytes:
+    return bytes(built.proto.SerializeToString(deterministic=True))
 
 
 def _write_data(built: Skeleton, path: Path, name: str) -> None:
-    """Stream the weights into ``path`` and put references to ``name`` into the skeleton."""
+    """Stream the weights into ``path`` and make the skeleton's initializers refer to ``name``."""
     with path.open("xb") as file:
-        for tensor in _initializers(built.proto.graph):
-            if tensor.data_location != TensorProto.EXTERNAL:
-                continue
+        for tensor in _external(built.proto.graph):
             offset = -(-file.tell() // _ALIGNMENT) * _ALIGNMENT
             file.write(bytes(offset - file.tell()))
-            for chunk in built.weights[location_of(tensor)].chunks():
+            values = built.weights[location_of(tensor)]
+            for chunk in values.chunks():
                 file.write(chunk)
-            del tensor.external_data[:]
-            for key, value in (("location", name), ("offset", offset), ("length", file.tell() - offset)):
-                tensor.external_data.add(key=key, value=str(value))
-        for tensor in keyed_tensors(built.proto):
-            # Runtimes read external data of initializers only; attributes and functions keep theirs inside.
-            if location_of(tensor) in built.weights:
-                fill(tensor, built.weights)
+            length = file.tell() - offset
+            if length != values.nbytes:
+                raise ValueError(f"weight {tensor.name!r} gave {length} bytes, its type and shape ask {values.nbytes}")
+            refer(tensor, location=name, offset=offset, length=length)
+    # Runtimes read external data of initializers only; attributes and functions keep theirs inside.
+    built.fill()
 
 
-def _initializers(graph: onnx.GraphProto) -> Iterator[TensorProto]:
-    yield from graph.initializer
+def _rename_data(built: Skeleton, name: str) -> None:
+    for tensor in _external(built.proto.graph):
+        next(entry for entry in tensor.external_data if entry.key == "location").value = name
+
+
+def _external(graph: onnx.GraphProto) -> Iterator[TensorProto]:
+    """Yield the initializers of a graph, and of the graphs inside it, whose data is elsewhere."""
+    yield from (tensor for tensor in graph.initializer if tensor.data_location == TensorProto.EXTERNAL)
     for node in graph.node:
         for attribute in node.attribute:
             if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _initializers(attribute.g)
+                yield from _external(attribute.g)
 
 
-def _refuse_input(model: Model, target: Path) -> None:
-    sources = {values.source.path for values in skeleton(model).weights.values() if hasattr(values, "source")}
+def _bridge(data: Path) -> Path:
+    """Return a free name for the new data; a killed run may have left one in use."""
+    names = (data.with_name(f"{data.name}~{number or ''}") for number in range(1000))
+    return next(name for name in names if not os.path.lexists(name))
+
+
+def _duplicate(source: Path, copy: Path) -> None:
+    """Give a file a second name, or copy it where the file system has no hard links."""
+    try:
+        copy.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, copy)
+
+
+def _is_read(data: Path, model: Path) -> bool:
+    """Whether ``data`` is what the model that is about to be replaced reads its weights from."""
+    return data.is_file() and model.is_file() and data.name.encode() in model.read_bytes()
+
+
+def _escape(name: str) -> str:
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
+
+
+def _refuse_input(model: Model, built: Skeleton, targets: tuple[Path, Path]) -> None:
+    sources = {values.source.path for values in built.weights.values() if isinstance(values, FileValues)}
     if model.path is not None:
         sources.add(model.path)
-    for source in sources:
-        if target.exists() and source.exists() and os.path.samefile(target, source):
+    for target in targets:
+        if any(target.exists() and source.exists() and target.samefile(source) for source in sources):
             raise WriteError(
                 "the target is the input itself",
                 where=str(target),

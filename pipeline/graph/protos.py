@@ -1,0 +1,115 @@
+"""TensorProto, the message that holds a weight: its types, its bytes, and finding all of them in a model.
+
+Source: ONNX TensorProto: ``raw_data`` is little-endian, sub-byte elements packed from the low bits up.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, numpy_helper
+
+Array = npt.NDArray[Any]
+
+MAX_PROTO = 2**31 - 1
+"""Largest serialized protobuf message in bytes."""
+
+_PACKED_BITS = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "FLOAT6E2M3": 6, "FLOAT6E3M2": 6}
+_TENSORLESS = {"ValueInfoProto", "StringStringEntryProto", "OperatorSetIdProto", "TypeProto", "TensorAnnotation"}
+
+
+def type_name(onnx_type: int) -> str:
+    """Return the name of a type number, e.g. ``"INT4"``.
+
+    Raises:
+        KeyError: There is no such type, or it is UNDEFINED.
+    """
+    if onnx_type not in TensorProto.DataType.values() or onnx_type == TensorProto.UNDEFINED:
+        raise KeyError(onnx_type)
+    return str(TensorProto.DataType.Name(onnx_type))
+
+
+def numpy_type(onnx_type: int) -> np.dtype[Any]:
+    """Return the numpy (or ml_dtypes) type of unpacked elements of an ONNX type."""
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(onnx_type))
+
+
+def onnx_type_of(dtype: npt.DTypeLike) -> int:
+    """Return the ONNX type number of a numpy or ml_dtypes type."""
+    return int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype)))
+
+
+def byte_size(onnx_type: int, dims: Iterable[int]) -> int:
+    """Return how many bytes the packed elements of a tensor take."""
+    bits = _PACKED_BITS.get(type_name(onnx_type)) or numpy_type(onnx_type).itemsize * 8
+    return (math.prod(dims) * bits + 7) // 8
+
+
+def is_packed(onnx_type: int) -> bool:
+    """Whether several elements share a byte."""
+    return type_name(onnx_type) in _PACKED_BITS
+
+
+def header(tensor: TensorProto) -> TensorProto:
+    """Return a copy of ``tensor`` without its data: name, type, dimensions, documentation."""
+    bare = TensorProto(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+    if tensor.doc_string:
+        bare.doc_string = tensor.doc_string
+    bare.metadata_props.extend(tensor.metadata_props)
+    return bare
+
+
+def pack(array: Array) -> bytes:
+    """Return the bytes that ``raw_data`` holds for unpacked elements."""
+    return bytes(numpy_helper.from_array(array).raw_data)
+
+
+def unpack(data: Any, tensor: TensorProto) -> Array:
+    """Return the elements [dims] that the packed bytes ``data`` stand for; a view where elements fill bytes."""
+    if is_packed(tensor.data_type):
+        filled = header(tensor)
+        filled.raw_data = bytes(data)
+        return numpy_helper.to_array(filled)
+    return np.frombuffer(data, dtype=numpy_type(tensor.data_type)).reshape(tuple(tensor.dims))
+
+
+def all_tensors(message: Any) -> Iterator[TensorProto]:
+    """Yield every TensorProto inside a protobuf message: initializers, attributes, functions, sparse parts."""
+    if isinstance(message, TensorProto):
+        yield message
+        return
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is None or descriptor.message_type.name in _TENSORLESS:
+            continue
+        for part in (value,) if hasattr(value, "ListFields") else value:
+            yield from all_tensors(part)
+
+
+def keyed_tensors(message: Any) -> Iterator[TensorProto]:
+    """Yield every tensor inside a message whose data is elsewhere."""
+    return (tensor for tensor in all_tensors(message) if tensor.data_location == TensorProto.EXTERNAL)
+
+
+def location_of(tensor: TensorProto) -> str:
+    """Return the ``location`` of a tensor with external data, empty when it has none."""
+    return next((entry.value for entry in tensor.external_data if entry.key == "location"), "")
+
+
+def refer(tensor: TensorProto, **entries: str | int) -> None:
+    """Make ``tensor`` one with external data at ``location=..., offset=..., length=...``."""
+    del tensor.external_data[:]
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in entries.items():
+        tensor.external_data.add(key=key, value=str(value))
+
+
+def embed(tensor: TensorProto, data: bytes) -> None:
+    """Put packed bytes into a tensor whose data was elsewhere."""
+    tensor.ClearField("external_data")
+    tensor.ClearField("data_location")
+    tensor.raw_data = data

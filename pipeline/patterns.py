@@ -41,10 +41,15 @@ def require_matches(patterns: Iterable[str], nodes: Iterable[gs.Node]) -> None:
         is_op = pattern.startswith("op:")
         pool = sorted({node.op for node in known} if is_op else {node.name for node in known})
         bare = pattern[3:] if pattern.startswith(("op:", "re:")) else pattern
-        near = difflib.get_close_matches(bare.strip("*"), pool, n=3, cutoff=0.3) or pool[:3]
+        near = near_names(bare.strip("*"), pool)
         raise RecipeError(
             f"the pattern {pattern!r} matches no node",
             found=f"{len(pool)} {'operator types' if is_op else 'node names'}",
             expected=", ".join(near),
             do="correct the pattern; qpipe inspect lists operator types and names",
         )
+
+
+def near_names(name: str, known: list[str]) -> list[str]:
+    """Return the three known names nearest to ``name``, or the first three when none is near."""
+    return difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]

@@ -1,0 +1,142 @@
+"""``qpipe explain``: documentation of registered things, and of decisions."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ...calibrate.errors import UsageError
+from . import output
+from .options import JSON
+
+
+@click.group("explain", short_help="Explain a scheme, method, target, operator, format, value or plan.")
+def command() -> None:
+    """Explain what qpipe knows: schemes, methods, targets, operators, formats, values, and a saved plan."""
+
+
+@command.command("scheme")
+@click.argument("name", required=False)
+@JSON
+def scheme(name: str | None, as_json: bool) -> None:
+    """Print the recipe that a scheme NAME amounts to; without NAME, list all."""
+    import yaml
+
+    from ..recipe import SCHEMES, make_recipe
+
+    if name is None:
+        output.emit({"schemes": SCHEMES}, as_json, [f"{key}: {value}" for key, value in SCHEMES.items()])
+        return
+    recipe = make_recipe(scheme=name).model_dump(mode="json")
+    output.emit({"recipe": recipe}, as_json, yaml.safe_dump(recipe, sort_keys=False).splitlines())
+
+
+@command.command("method")
+@click.argument("name", required=False)
+@JSON
+def method(name: str | None, as_json: bool) -> None:
+    """Print what a calibration method NAME does; without NAME, list all."""
+    from ...calibrate.ranges import METHODS
+
+    _describe(METHODS, name, as_json)
+
+
+@command.command("target")
+@click.argument("name", required=False)
+@JSON
+def target(name: str | None, as_json: bool) -> None:
+    """Print what a target NAME wants; without NAME, list all."""
+    from ..targets import TARGETS
+
+    if name is None:
+        output.emit(
+            {"targets": TARGETS.names()}, as_json, output.table(["target", ""], [[n, t.summary] for n, t in TARGETS.items()])
+        )
+        return
+    found = TARGETS.get(name)
+    facts = {field: getattr(found, field) for field in found.__dataclass_fields__}
+    facts = {k: sorted(v) if isinstance(v, frozenset) else v for k, v in facts.items()}
+    output.emit({"target": facts}, as_json, [f"{k:<22}{_text(v)}" for k, v in facts.items()])
+
+
+@command.command("op")
+@click.argument("name", required=False)
+@JSON
+def op(name: str | None, as_json: bool) -> None:
+    """Print how an operator type NAME takes part; without NAME, list all."""
+    from ..rules import RULES
+
+    rows = [[n, r.kind, r.reason] for n, r in RULES.items()] if name is None else []
+    if name is not None:
+        rule = RULES.get(name)
+        rows = [[name, rule.kind, rule.reason]]
+    data = [{"op": n, "kind": k, "reason": r} for n, k, r in rows]
+    output.emit({"operators": data}, as_json, output.table(["operator", "kind", "reason"], rows))
+
+
+@command.command("format")
+@click.argument("name", required=False)
+@JSON
+def number_format(name: str | None, as_json: bool) -> None:
+    """Print the card of a number format NAME; without NAME, list all."""
+    from ...calibrate import cards
+    from ...calibrate.formats import FORMATS
+
+    if name is None:
+        output.emit({"formats": FORMATS.names()}, as_json, FORMATS.names())
+        return
+    card = cards.format_card(name)
+    output.emit({"format": cards.as_data(card)}, as_json, cards.render(card).splitlines())
+
+
+@command.command("value", context_settings={"ignore_unknown_options": True})
+@click.argument("value", type=float)
+@click.option("--format", "name", default="float32", show_default=True, help="Format whose bits are shown.")
+@click.option("--scale", type=float, help="Scale of integer codes; without it the value is the largest magnitude.")
+@JSON
+def value(value: float, name: str, scale: float | None, as_json: bool) -> None:
+    """Print the bits of VALUE, and its code and error in every format."""
+    from ...calibrate import cards
+
+    card = cards.value_card(value, name, scale=scale)
+    output.emit({"value": cards.as_data(card)}, as_json, cards.render(card).splitlines())
+
+
+@command.command("plan")
+@click.argument("plan", type=click.Path(path_type=Path))
+@click.argument("node", required=False)
+@JSON
+def plan(plan: Path, node: str | None, as_json: bool) -> None:
+    """Print the decisions of a saved PLAN (qpipe quantize --save-plan), of one NODE or of all."""
+    import json
+
+    from ..patterns import near_names
+
+    if not plan.is_file():
+        raise UsageError("no such file", where=str(plan), expected="a plan written by qpipe quantize --save-plan")
+    decisions = json.loads(plan.read_text(encoding="utf-8"))["decisions"]
+    chosen = [d for d in decisions if node in (None, d["node"])]
+    if not chosen:
+        near = near_names(str(node), sorted({d["node"] for d in decisions}))
+        raise UsageError("the plan has no such node", found=str(node), expected=", ".join(near))
+    rows = [[d["node"], d["op"], d["slot"], d["tensor"], d["spec"] or "float", d["reason"]] for d in chosen]
+    output.emit(
+        {"decisions": chosen}, as_json, output.table(["node", "op", "slot", "tensor", "stored as", "reason"], rows)
+    )
+
+
+def _describe(registry: Any, name: str | None, as_json: bool) -> None:
+    if name is None:
+        rows = [[n, (inspect.getdoc(item) or "").splitlines()[0]] for n, item in registry.items()]
+        data = [{"name": n, "summary": s} for n, s in rows]
+        output.emit({registry.kind.replace(" ", "_"): data}, as_json, output.table(["name", ""], rows))
+        return
+    text = inspect.getdoc(registry.get(name)) or ""
+    output.emit({"name": name, "text": text}, as_json, text.splitlines())
+
+
+def _text(value: Any) -> str:
+    return ", ".join(str(v) for v in value) if isinstance(value, (list, tuple)) else str(value)

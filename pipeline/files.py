@@ -99,7 +99,7 @@ def replace_file(path: str | Path, *, force: bool = False) -> Iterator[Path]:
             or the file system refuses.
     """
     target = Path(path)
-    with claim(target, force=force), writing(target), temporary(target) as tmp:
+    with claim(target, force=force), temporary(target) as tmp:
         yield tmp
         put(tmp, target)
 
@@ -141,7 +141,8 @@ def writing(target: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = _REASONS.get(error.errno or 0)
-        if reason is None:
+        elsewhere = error.filename is not None and Path(str(error.filename)).parent != target.parent
+        if reason is None or elsewhere:
             raise
         raise WriteError(
             f"cannot write {target.name}: {reason}",
@@ -232,16 +233,25 @@ def _acquire(lock: Path, target: Path) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = _owner(descriptor)
+            owner, is_current = _owner(descriptor), _is_at(descriptor, lock)
             os.close(descriptor)
             if owner is None or owner.is_alive():
                 raise _busy(target, owner) from None
-            # A child that the killed owner left behind still holds the descriptor.
-            lock.unlink(missing_ok=True)
+            # The owner was killed, but a child of its own still holds the descriptor.
+            if is_current:
+                lock.unlink(missing_ok=True)
             continue
-        if lock.exists() and os.path.samestat(os.fstat(descriptor), lock.stat()):
+        if _is_at(descriptor, lock):
             return descriptor
         os.close(descriptor)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether ``path`` is still the file that was opened as ``descriptor``."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
 
 
 def _owner(descriptor: int) -> Process | None:

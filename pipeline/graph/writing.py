@@ -1,12 +1,13 @@
 """Saving a model so that the target is the old one or the complete new one, whatever its size and whenever it stops.
 
-A model with external data is two files that no file system replaces in one step. When both exist already, the new
-model is first put in place reading the new data under another name (``<model>.data~``), which is one rename; then the
-data gets its final name beside that one, and the model is replaced by one that reads it there.
+A model with external data is two files, and no file system replaces two files in one step. So the new model is first
+put in place reading its data under another name (``<model>.data~``), which is one rename; then the data gets its final
+name beside that one, and the model is replaced by one that reads it there.
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ import onnx
 from onnx import TensorProto
 
 from ...calibrate.errors import WriteError
-from ..files import claim, put, replace_file, require_space, temporary, writing
+from ..files import claim, put, replace_file, require_space, temporary
 from .constants import FileValues
 from .exporter import Skeleton, skeleton
 from .model import Model
@@ -57,8 +58,7 @@ def save(model: Model, path: str | Path, *, force: bool = False, external_thresh
     with replace_file(target, force=force) as tmp:
         is_read = _is_read(data, target)
         tmp.write_bytes(_serialize(built))
-    if is_read:
-        data.unlink()
+    _remove([*_bridges(data), *([data] if is_read else [])])
     return [target]
 
 
@@ -66,24 +66,22 @@ def _save_pair(built: Skeleton, target: Path, data: Path, force: bool) -> None:
     with ExitStack() as stack:
         for file in (target, data):
             stack.enter_context(claim(file, force=force))
-        stack.enter_context(writing(target))
         require_space(target, built.nbytes)
+        leftovers = _bridges(data)
+        bridge = next(name for name in _bridge_names(data) if name not in leftovers)
         new_data = stack.enter_context(temporary(data))
         new_model = stack.enter_context(temporary(target))
+        bridge_model = stack.enter_context(temporary(target))
         _write_data(built, new_data, data.name)
         new_model.write_bytes(_serialize(built))
-        if data.exists():
-            bridge = _bridge(data)
-            _rename_data(built, bridge.name)
-            bridge_model = stack.enter_context(temporary(target))
-            bridge_model.write_bytes(_serialize(built))
-            put(new_data, bridge)
-            put(bridge_model, target)
-            _duplicate(bridge, new_data)
+        _rename_data(built, bridge.name)
+        bridge_model.write_bytes(_serialize(built))
+        put(new_data, bridge)
+        put(bridge_model, target)
+        _duplicate(bridge, new_data)
         put(new_data, data)
         put(new_model, target)
-        for leftover in data.parent.glob(f"{_escape(data.name)}~*"):
-            leftover.unlink()
+        _remove([bridge, *leftovers])
 
 
 def _serialize(built: Skeleton) -> bytes:
@@ -121,10 +119,18 @@ def _external(graph: onnx.GraphProto) -> Iterator[TensorProto]:
                 yield from _external(attribute.g)
 
 
-def _bridge(data: Path) -> Path:
-    """Return a free name for the new data; a killed run may have left one in use."""
-    names = (data.with_name(f"{data.name}~{number or ''}") for number in range(1000))
-    return next(name for name in names if not os.path.lexists(name))
+def _bridge_names(data: Path) -> Iterator[Path]:
+    return (data.with_name(f"{data.name}~{number or ''}") for number in itertools.count())
+
+
+def _bridges(data: Path) -> list[Path]:
+    """Return the files under a passing name of ``data`` that killed runs left; a model may still read one of them."""
+    return list(itertools.takewhile(os.path.lexists, _bridge_names(data)))
+
+
+def _remove(paths: list[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def _duplicate(source: Path, copy: Path) -> None:
@@ -138,10 +144,6 @@ def _duplicate(source: Path, copy: Path) -> None:
 def _is_read(data: Path, model: Path) -> bool:
     """Whether ``data`` is what the model that is about to be replaced reads its weights from."""
     return data.is_file() and model.is_file() and data.name.encode() in model.read_bytes()
-
-
-def _escape(name: str) -> str:
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
 
 
 def _refuse_input(model: Model, built: Skeleton, targets: tuple[Path, Path]) -> None:

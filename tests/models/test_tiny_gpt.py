@@ -122,10 +122,10 @@ def test_training_is_reproducible_and_learns(monkeypatch):
     import torch
     from qpipe.models.tiny_gpt import train as script
 
-    monkeypatch.setattr(script, "training_text", lambda: corpus.split_topics()[0][:40_000])
+    monkeypatch.setattr(script, "training_text", lambda: corpus.split_topics()[0][:20_000])
     threads = torch.get_num_threads()
     try:
-        first, second = (script.train(steps=30, batch=4) for _ in range(2))
+        first, second = (script.train(steps=20, batch=4) for _ in range(2))
     finally:
         torch.set_num_threads(threads)
     for key, value in first.state_dict().items():

@@ -1,0 +1,119 @@
+"""Whole jobs from file to file, as the command line, the demo and Python users call them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+
+from ..calibrate.errors import ModelError
+from .calibration import Calibration, identify
+from .graph import Model, load, model_hash, save
+from .qdq_check import check_qdq
+from .recipe import Recipe, make_recipe
+from .stages.collect import CollectOptions, collect
+from .stages.decide import wanted_tensors
+from .stages.prepare import prepare, require_opset
+from .stages.quantize import Quantized, QuantizeOptions, needs_statistics, quantize_model
+from .stages.upgrade import upgrade
+
+Batch = Mapping[str, npt.NDArray[Any]]
+
+
+@dataclass(slots=True, kw_only=True)
+class Job:
+    """A float model on its way to a quantized one.
+
+    Attributes:
+        model: Prepared; changed by `quantize`.
+        path: The file it came from.
+        hash: Of the file's content.
+    """
+
+    model: Model
+    path: Path
+    hash: str
+
+    @classmethod
+    def open(cls, path: Path, *, convert: bool = False, allow_hardlinks: bool = False) -> Job:
+        """Load and prepare a model.
+
+        Args:
+            path: The float model.
+            convert: Upgrade a model whose opset is below 13.
+            allow_hardlinks: Accept data files that have other names elsewhere.
+
+        Raises:
+            ModelError: Broken, unsafe, or without QuantizeLinear in its opset.
+            UsageError: No such file.
+        """
+        model = load(path, allow_hardlinks=allow_hardlinks)
+        digest = model_hash(model)
+        model = upgrade(model) if convert else model
+        require_opset(model)
+        return cls(model=prepare(model), path=path, hash=digest)
+
+    def collect(self, batches: Iterable[Batch], options: CollectOptions = CollectOptions()) -> Calibration:  # noqa: B008
+        """Run the float file over the data; see `stages.collect`.
+
+        The file itself is run, not the prepared graph: names that survive preparing mean the same values, and a model
+        larger than memory stays on disk.
+        """
+        identity = options.identity or identify(self.path)
+        return collect(self.path, wanted_tensors(self.model.graph), batches, replace(options, identity=identity))
+
+    def quantize(
+        self,
+        recipe: Recipe,
+        calibration: Calibration | None,
+        options: QuantizeOptions = QuantizeOptions(),  # noqa: B008
+    ) -> Quantized:
+        """Quantize and hold the result against the Q/DQ rules.
+
+        Raises:
+            ModelError: The result breaks a rule (a bug of qpipe); nothing should then be written.
+        """
+        result = quantize_model(self.model, recipe, calibration, model_hash=self.hash, options=options)
+        errors = [f for f in check_qdq(result.model, target=recipe.target) if f.severity == "error"]
+        if errors:
+            raise ModelError(
+                "the quantized model does not pass its own check; nothing was written",
+                where=errors[0].node or errors[0].tensor,
+                found=errors[0].found,
+                expected=errors[0].expected,
+                do="please report this with the output of qpipe inspect --json",
+            )
+        return result
+
+
+def quantize_file(
+    source: str | Path,
+    target: str | Path,
+    recipe: Recipe | None = None,
+    data: Iterable[Batch] | Calibration | None = None,
+    *,
+    force: bool = False,
+) -> Quantized:
+    """Quantize a model file.
+
+    Args:
+        source: Float model.
+        target: File to write.
+        recipe: What to do; None for the defaults.
+        data: Batches (array by input name), or statistics collected before; None when the recipe needs none.
+        force: Replace an existing target.
+
+    Returns:
+        The quantized model, its plan and its numbers.
+    """
+    recipe = recipe or make_recipe()
+    job = Job.open(Path(source))
+    calibration = data if isinstance(data, Calibration) else None
+    if calibration is None and data is not None and needs_statistics(recipe):
+        calibration = job.collect(data)
+    result = job.quantize(recipe, calibration)
+    save(result.model, target, force=force)
+    return result

@@ -43,7 +43,10 @@ class Values(LazyValues):  # type: ignore[misc]
 
     def read(self) -> Array:
         """Return the unpacked values [shape]; read-only, a view of the source where the type allows it."""
-        return numpy_helper.to_array(self.tensor)
+        try:
+            return numpy_helper.to_array(self.tensor)
+        except ValueError as error:
+            raise ModelError(f"tensor {self.tensor.name!r} cannot be read", found=str(error)) from error
 
     def chunks(self) -> Iterator[Any]:
         """Yield the packed bytes in order, as objects with the buffer interface."""

@@ -33,13 +33,13 @@ class FileRange:
         path: Real path of the file.
         offset: First byte.
         length: Number of bytes.
-        identity: Device, inode and size when the rules were applied; the file is refused when it has changed since.
+        identity: Device, inode, size and time of change when the rules were applied; the file is refused when it has changed since.
     """
 
     path: Path
     offset: int
     length: int
-    identity: tuple[int, int, int]
+    identity: tuple[int, int, int, int]
 
     def map(self, start: int = 0, length: int | None = None) -> memoryview:
         """Map ``length`` bytes (all when None) from ``start`` of the range; only pages that are touched are read.
@@ -162,8 +162,8 @@ class DataFolder:
         )
 
 
-def _identity(status: os.stat_result) -> tuple[int, int, int]:
-    return status.st_dev, status.st_ino, status.st_size
+def _identity(status: os.stat_result) -> tuple[int, int, int, int]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _names_in(folder: Path, status: os.stat_result) -> int:

@@ -31,8 +31,6 @@ _M = TypeVar("_M", bound=Message)
 _PLAIN = {
     AttributeProto.FLOAT,
     AttributeProto.INT,
-    AttributeProto.TENSOR,
-    AttributeProto.GRAPH,
     AttributeProto.FLOATS,
     AttributeProto.INTS,
 }
@@ -131,6 +129,8 @@ def _is_plain(attribute: AttributeProto, node: NodeProto) -> bool:
         return _is_text(attribute.s)
     if attribute.type == AttributeProto.STRINGS:
         return all(_is_text(text) for text in attribute.strings)
+    if attribute.type in (AttributeProto.TENSOR, AttributeProto.GRAPH):
+        return attribute.HasField("t") or attribute.HasField("g")
     return attribute.type in _PLAIN
 
 

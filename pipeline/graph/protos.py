@@ -90,6 +90,21 @@ def all_tensors(message: Any) -> Iterator[TensorProto]:
             yield from all_tensors(part)
 
 
+def flaws(message: Any) -> Iterator[str]:
+    """Yield what makes a message unreadable although it parses: names that are no UTF-8, unknown element types."""
+    for descriptor, value in message.ListFields():
+        if descriptor.type == descriptor.TYPE_STRING:
+            # protobuf hands out text that is no UTF-8 as bytes instead of refusing it.
+            texts = (value,) if isinstance(value, str | bytes) else value
+            yield from (f"the name {text!r}, which is no UTF-8" for text in texts if isinstance(text, bytes))
+        elif descriptor.name == "elem_type" and isinstance(value, int):
+            if value not in TensorProto.DataType.values():
+                yield f"element type {value}, which does not exist"
+        elif descriptor.message_type is not None:
+            for part in (value,) if hasattr(value, "ListFields") else value:
+                yield from flaws(part)
+
+
 def keyed_tensors(message: Any) -> Iterator[TensorProto]:
     """Yield every tensor inside a message whose data is elsewhere."""
     return (tensor for tensor in all_tensors(message) if tensor.data_location == TensorProto.EXTERNAL)

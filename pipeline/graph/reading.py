@@ -15,7 +15,7 @@ from .constants import FileValues, Values
 from .external import DataFolder
 from .importer import adopt
 from .model import Model
-from .protos import MAX_PROTO, byte_size, keyed_tensors, refer
+from .protos import MAX_PROTO, byte_size, flaws, keyed_tensors, refer
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _KINDS: tuple[tuple[bytes, str, str], ...] = (
@@ -72,6 +72,8 @@ def read_proto(path: Path) -> onnx.ModelProto:
             expected="an ONNX model (protobuf)",
             do="fetch or export the file again and compare its size with the original",
         ) from error
+    for flaw in flaws(proto):
+        raise ModelError(f"{path.name} is damaged", where=str(path), found=flaw, do="fetch or export it again")
     return proto
 
 
@@ -116,6 +118,8 @@ def _kind(data: bytes) -> tuple[str, str] | None:
     for magic, kind, remedy in _KINDS:
         if data.startswith(magic):
             return kind, remedy
+    if data[8:9] == b"{" and int.from_bytes(data[:8], "little") < len(data):
+        return "a safetensors file", "give the .onnx file; qpipe export makes one from a model folder"
     start = data[:2048].lstrip().lower()
     if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
         return "an HTML page", "download the file itself, not the page that shows it"

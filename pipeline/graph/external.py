@@ -33,7 +33,7 @@ class FileRange:
         path: Real path of the file.
         offset: First byte.
         length: Number of bytes.
-        identity: Device, inode, size and time of change when the rules were applied; the file is refused when it has changed since.
+        identity: Device, inode, size and time of change when the rules were applied; a file with others is refused.
     """
 
     path: Path

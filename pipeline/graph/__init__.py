@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from .checking import check, check_proto
+from .constants import computed, constant, stored_size, values
 from .exporter import to_proto
 from .identity import Topology, model_hash, topology
 from .importer import clone, from_proto
 from .model import Model
 from .queries import all_graphs, constants, consumers, fresh_name, producer
 from .reading import load
-from .storage import computed, constant, stored_size, values
 from .writing import EXTERNAL_THRESHOLD, save
 
 __all__ = [

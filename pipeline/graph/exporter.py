@@ -19,10 +19,10 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import SparseValues
 
 from ...calibrate.errors import ModelError
+from .constants import KeyedValues, Values, stored
 from .model import Model
 from .protos import MAX_PROTO, embed, header, keyed_tensors, location_of, onnx_type_of, refer
 from .queries import STANDARD_DOMAINS, all_graphs, constants
-from .storage import KeyedValues, Values, stored
 
 INLINE = 1024
 """Tensors up to this many bytes are always written into the model file itself: shapes, axes, scales."""

@@ -13,12 +13,12 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto
 
+from .constants import Values
 from .exporter import skeleton
 from .model import Model
 from .protos import all_tensors, embed, header, location_of
 from .queries import all_graphs
 from .reading import load
-from .storage import Values
 
 
 @dataclass(frozen=True, slots=True)

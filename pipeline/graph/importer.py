@@ -20,11 +20,11 @@ from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from ...calibrate.errors import ModelError
+from .constants import Values
 from .exporter import schema_type, skeleton
 from .model import Model
 from .protos import keyed_tensors, location_of, numpy_type
 from .queries import STANDARD_DOMAINS, all_graphs, constants
-from .storage import Values
 
 _M = TypeVar("_M", bound=Message)
 

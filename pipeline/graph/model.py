@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 import onnx_graphsurgeon as gs
 
-from .storage import Values
+from .constants import Values
 
 
 @dataclass

@@ -11,11 +11,11 @@ from google.protobuf.message import DecodeError
 
 from ...calibrate.errors import ModelError, UsageError
 from .checking import check_proto, check_tensor
+from .constants import FileValues, Values
 from .external import DataFolder
 from .importer import adopt
 from .model import Model
 from .protos import MAX_PROTO, byte_size, flaws, keyed_tensors, refer
-from .storage import FileValues, Values
 
 _LFS = b"version https://git-lfs.github.com/spec/"
 _KINDS: tuple[tuple[bytes, str, str], ...] = (

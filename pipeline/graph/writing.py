@@ -19,10 +19,10 @@ from onnx import TensorProto
 
 from ...calibrate.errors import WriteError
 from ..files import claim, put, replace_file, require_space, temporary
+from .constants import FileValues
 from .exporter import Skeleton, skeleton
 from .model import Model
 from .protos import location_of, refer
-from .storage import FileValues
 
 EXTERNAL_THRESHOLD = 3 * 2**29
 """Above this size (1.5 GiB) weights go into a data file of their own."""

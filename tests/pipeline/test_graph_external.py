@@ -14,7 +14,7 @@ import pytest
 from onnx import TensorProto, helper
 from qpipe.calibrate.errors import ModelError
 from qpipe.pipeline import graph
-from qpipe.pipeline.graph.storage import FileValues
+from qpipe.pipeline.graph.constants import FileValues
 
 SECRET = b"s" * 64
 WEIGHT = np.arange(16, dtype=np.float32).reshape(4, 4)

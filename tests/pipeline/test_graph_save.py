@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from qpipe.calibrate.errors import WriteError
 from qpipe.pipeline import graph
 from qpipe.pipeline.graph import writing
-from qpipe.pipeline.graph.storage import FileValues
+from qpipe.pipeline.graph.constants import FileValues
 
 EXTERNAL = {"external_threshold": 0}
 TARGET = "model.onnx"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -82,6 +83,7 @@ def _openvino(model: onnx.ModelProto, feeds: Feeds) -> list[Array]:
 
 
 def _tract(model: onnx.ModelProto, feeds: Feeds) -> list[Array]:
+    os.environ["RUST_LIB_BACKTRACE"] = "0"  # else every refusal walks and prints the stack
     tract = _package("tract")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 from qpipe.calibrate.formats import FORMATS, Format
+from qpipe.calibrate.formats.codebook import BNB4_QUANT_TYPE, unpack_bnb4
 from qpipe.calibrate.granularity import PER_TENSOR, Granularity, per_block, per_channel
 from qpipe.calibrate.qarray import QArray, QParams, Spec, dequantize, quantize
 
@@ -177,7 +178,7 @@ def _convolution(function: Callable[[Array, Array, Attributes], Array]) -> Calla
         y = function(inputs[0], inputs[1], attributes)
         if len(inputs) > 2:
             y = y + inputs[2].astype(np.float64).reshape(1, -1, 1, 1)
-        return y.astype(np.float32)
+        return y.astype(inputs[0].dtype)
 
     return apply
 
@@ -194,13 +195,38 @@ def _gemm(attributes: Attributes, inputs: Sequence[Any]) -> Array:
     y = attributes.get("alpha", 1.0) * (a @ b)
     if len(inputs) > 2:
         y = y + attributes.get("beta", 1.0) * inputs[2]
-    return np.asarray(y.astype(np.float32))
+    return np.asarray(y.astype(inputs[0].dtype))
 
 
 def _reduce(ufunc: np.ufunc) -> Callable[[Attributes, Sequence[Any]], Array]:
     return lambda attributes, inputs: np.asarray(
         ufunc.reduce(inputs[0], axis=None, keepdims=bool(attributes.get("keepdims", 1)))
     )
+
+
+def _matmul_bnb4(attributes: Attributes, inputs: Sequence[Any]) -> Array:
+    x, packed, amax = inputs
+    name = next(name for name, kind in BNB4_QUANT_TYPE.items() if kind == attributes["quant_type"])
+    n, k, block_size = (attributes[key] for key in ("N", "K", "block_size"))
+    spec = Spec(format=FORMATS.get(name), granularity=per_block(1, block_size))
+    params = QParams(scale=amax.reshape(n, -1), zero_point=None, spec=spec)
+    return _matmul({}, [x, dequantize(QArray(q=unpack_bnb4(packed, (n, k)), params=params)).T])
+
+
+def _matmul_nbits(attributes: Attributes, inputs: Sequence[Any]) -> Array:
+    x, packed, scale, zero = inputs
+    n, k, bits, block_size = (attributes[key] for key in ("N", "K", "bits", "block_size"))
+    fmt = FORMATS.get(f"uint{bits}")
+    spec = Spec(format=fmt, granularity=per_block(1, block_size))
+    scale = scale.reshape(n, -1)
+    zero = _unpack_low_first(zero.reshape(n, -1), bits)[:, : scale.shape[1]].astype(fmt.dtype)
+    codes = _unpack_low_first(packed.reshape(n, -1), bits)[:, :k].astype(fmt.dtype)
+    return _matmul({}, [x, dequantize(QArray(q=codes, params=QParams(scale=scale, zero_point=zero, spec=spec))).T])
+
+
+def _unpack_low_first(packed: Array, bits: int) -> Array:
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    return (packed[..., None] >> shifts & np.uint8(2**bits - 1)).reshape(*packed.shape[:-1], -1)
 
 
 OPERATORS: dict[str, Callable[[Attributes, Sequence[Any]], Any]] = {
@@ -215,6 +241,8 @@ OPERATORS: dict[str, Callable[[Attributes, Sequence[Any]], Any]] = {
     "Gemm": _gemm,
     "Conv": _convolution(conv),
     "ConvTranspose": _convolution(conv_transpose),
+    "MatMulBnb4": _matmul_bnb4,
+    "MatMulNBits": _matmul_nbits,
     "Constant": lambda attributes, _: numpy_helper.to_array(attributes["value"]),
     "Cast": lambda attributes, inputs: inputs[0].astype(helper.tensor_dtype_to_np_dtype(attributes["to"])),
     "Identity": lambda _, inputs: inputs[0],

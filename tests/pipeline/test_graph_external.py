@@ -123,6 +123,7 @@ ATTACKS: dict[str, tuple[Callable[[Place], None], str]] = {
 }
 
 _opened: list[str] | None = None
+_watching = False
 
 
 def _watch(event: str, args: tuple[object, ...]) -> None:
@@ -130,13 +131,13 @@ def _watch(event: str, args: tuple[object, ...]) -> None:
         _opened.append(str(args[0]))
 
 
-sys.addaudithook(_watch)
-
-
 @pytest.fixture
 def opened() -> Iterator[list[str]]:
     """Every path that this process opens from here on."""
-    global _opened
+    global _opened, _watching
+    if not _watching:
+        sys.addaudithook(_watch)
+        _watching = True
     _opened = []
     yield _opened
     _opened = None

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from .errors import UsageError
 from .formats import FORMATS, Format
 from .granularity import PER_TENSOR, per_block
 from .qarray import QParams, Range, Spec, dequantize, params_from_range, params_from_scale, quantize
@@ -167,10 +168,10 @@ def value_card(value: float, name: str, *, scale: float | None = None) -> ValueC
 
     Raises:
         RecipeError: No such format; the message suggests near names.
-        ValueError: ``scale`` is not positive and finite.
+        UsageError: ``scale`` is not positive and finite.
     """
     if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale is {scale}, expected a positive number")
+        raise UsageError("a scale must be positive and finite", found=str(scale), do="give --scale 0.05, or none")
     fmt = FORMATS.get(name)
     code = _value_code(value, fmt, scale)
     sign, exponent, _ = _field_widths(fmt)

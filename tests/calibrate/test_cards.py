@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from qpipe.calibrate.cards import as_data, format_card, render, value_card
-from qpipe.calibrate.errors import RecipeError
+from qpipe.calibrate.errors import RecipeError, UsageError
 from qpipe.calibrate.formats import FORMATS
 
 NAMES = FORMATS.names()
@@ -166,7 +166,7 @@ def test_text_shows_the_exact_value():
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, math.inf, math.nan])
 def test_a_scale_that_is_not_positive_is_refused(scale):
-    with pytest.raises(ValueError, match="positive"):
+    with pytest.raises(UsageError, match="positive"):
         value_card(1.0, "int8", scale=scale)
 
 

@@ -7,9 +7,6 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from qpipe.calibrate.granularity import PER_TENSOR, Granularity, per_block, per_channel
 
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
-
 
 @pytest.mark.parametrize(
     ("granularity", "expected"),
@@ -49,6 +46,7 @@ def scale_index(index, granularity, rank):
     return tuple(i if k == axis else 0 for k, i in enumerate(index))
 
 
+@settings(deadline=None)
 @given(cases())
 def test_spread_gives_every_element_its_scale(case):
     x, granularity = case
@@ -60,6 +58,7 @@ def test_spread_gives_every_element_its_scale(case):
         assert spread[index] == scales[scale_index(index, granularity, x.ndim)]
 
 
+@settings(deadline=None)
 @given(cases(), st.sampled_from([np.minimum, np.maximum]))
 def test_reduce_sees_every_element_of_its_group_and_no_other(case, ufunc):
     x, granularity = case

@@ -27,9 +27,6 @@ BLOCKS = [name for name, fmt in FORMATS.items() if fmt.block_size]
 CODEBOOKS = [name for name, fmt in FORMATS.items() if fmt.codebook]
 SMALLEST_NORMAL = np.float32(2.0**-126)
 
-settings.register_profile("no deadline", deadline=None)
-settings.load_profile("no deadline")
-
 any_finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 moderate = st.floats(min_value=-(2.0**126), max_value=2.0**126, width=32)
 ordinary = st.floats(min_value=-(2.0**100), max_value=2.0**100, width=32)
@@ -63,6 +60,7 @@ def params_of(interval, spec):
     return params_from_range(Range.of(np.full(shape, interval[0]), np.full(shape, interval[1])), spec)
 
 
+@settings(deadline=None)
 @given(interval=ranges(any_finite), spec=any_specs())
 def test_scale_is_finite_and_normal_for_any_finite_range(interval, spec):
     params = params_of(interval, spec)
@@ -73,6 +71,7 @@ def test_scale_is_finite_and_normal_for_any_finite_range(interval, spec):
         assert (params.scale == 1).all()
 
 
+@settings(deadline=None)
 @given(interval=ranges(any_finite), spec=any_specs())
 def test_zero_is_exactly_representable(interval, spec):
     params = params_of(interval, spec)
@@ -81,6 +80,7 @@ def test_zero_is_exactly_representable(interval, spec):
         assert spec.qmin <= int(params.zero_point.ravel()[0]) <= spec.qmax
 
 
+@settings(deadline=None)
 @given(interval=ranges(moderate), spec=integer_specs(), where=hnp.arrays(np.float64, 32, elements=st.floats(0, 1)))
 def test_error_is_at_most_half_a_step_inside_the_range(interval, spec, where):
     params = params_of(interval, spec)
@@ -91,6 +91,7 @@ def test_error_is_at_most_half_a_step_inside_the_range(interval, spec, where):
     assert (error <= params.scale.astype(np.float64) * (0.5 + 2.0 ** (spec.format.bits - 22))).all()
 
 
+@settings(deadline=None)
 @given(interval=ranges(moderate), spec=integer_specs(), beyond=st.floats(1, 1e30))
 def test_values_outside_saturate(interval, spec, beyond):
     params = params_of(interval, spec)
@@ -103,6 +104,7 @@ def test_values_outside_saturate(interval, spec, beyond):
     assert quantize(far.astype(np.float32), params).q.astype(int).tolist() == [spec.qmax, spec.qmin]
 
 
+@settings(deadline=None)
 @given(spec=any_specs(), x=hnp.arrays(np.float32, 48, elements=ordinary))
 def test_quantization_keeps_the_order(spec, x):
     params = params_of((-1e3, 2e3), spec)
@@ -112,6 +114,7 @@ def test_quantization_keeps_the_order(spec, x):
     assert (np.diff(fake_quant(x, params)) >= 0).all()
 
 
+@settings(deadline=None)
 @given(spec=any_specs(), x=hnp.arrays(np.float32, 48, elements=ordinary))
 def test_quantizing_again_changes_nothing(spec, x):
     params = params_of((-1e3, 2e3), spec)
@@ -121,6 +124,7 @@ def test_quantizing_again_changes_nothing(spec, x):
     assert np.array_equal(fake_quant(once, params), once)
 
 
+@settings(deadline=None)
 @given(
     name=st.sampled_from(FLOATS),
     amax=st.floats(1e-30, 1e38),
@@ -136,6 +140,7 @@ def test_float_error_is_half_a_unit_in_the_last_place(name, amax, where):
     assert (error <= np.maximum(relative, absolute) * (1 + 2.0**-18)).all()
 
 
+@settings(deadline=None)
 @given(name=st.sampled_from(CODEBOOKS), x=hnp.arrays(np.float32, 24, elements=st.floats(-4, 4, width=32)))
 def test_codebook_takes_the_nearest_value(name, x):
     fmt = FORMATS.get(name)
@@ -148,6 +153,7 @@ def test_codebook_takes_the_nearest_value(name, x):
 arrays_2d = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=40), elements=ordinary)
 
 
+@settings(deadline=None)
 @given(
     name=st.sampled_from(BLOCKS), rule=st.sampled_from(["nearest", "up", "floor"]), x=arrays_2d, axis=st.integers(0, 1)
 )
@@ -161,6 +167,7 @@ def test_stored_scales_mean_exactly_the_scale(name, rule, x, axis):
     assert (params.scale >= SMALLEST_NORMAL).all()
 
 
+@settings(deadline=None)
 @given(
     x=hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=11), elements=ordinary), data=st.data()
 )

@@ -24,8 +24,8 @@ U16 = npt.NDArray[np.uint16]
 BINS = 65536
 _PAGE = 128
 _CHUNK = 1 << 18  # values per pass: their bin numbers (2 MiB) stay cached, a pass over all counters is spread thin
-_FEW = 1 << 14
 _SIGN = 0x8000
+_ALL_LOW_BITS = 0xFFFF
 
 
 class Bins(NamedTuple):
@@ -174,20 +174,14 @@ class HistogramObserver:
 
     Args:
         sentinel: Magnitude from which finite values are masks and left out.
-        start: Statistics to go on from.
     """
 
-    def __init__(self, sentinel: float = SENTINEL, start: Histogram | None = None) -> None:
+    def __init__(self, sentinel: float = SENTINEL) -> None:
         self._sentinel = sentinel
         self._pages: I64 = np.zeros((0, _PAGE), np.int64)
-        self._page_of = np.full(BINS // _PAGE, -1, np.int64)
+        self._exponents = np.zeros(0, np.intp)  # sign and exponent of each page
         self._low_bits = 0
         self._extrema = Extrema()
-        if start is not None:
-            dense = np.zeros(BINS, np.int64)
-            dense[start.ids] = start.counts
-            self._add(dense)
-            self._low_bits, self._extrema = start.low_bits, start.extrema
 
     def update(self, x: npt.NDArray[Any]) -> None:
         """Count every value of ``x``, of any shape.
@@ -203,37 +197,33 @@ class HistogramObserver:
         for first in range(0, flat.size, _CHUNK):
             kept, extrema = measure(flat[first : first + _CHUNK], self._sentinel)
             self._extrema = self._extrema.merge(extrema)
-            self._low_bits |= int(np.bitwise_or.reduce(kept.view(np.uint32))) & 0xFFFF
+            if self._low_bits != _ALL_LOW_BITS:
+                self._low_bits |= int(np.bitwise_or.reduce(kept.view(np.uint32))) & _ALL_LOW_BITS
             # The upper halves: every platform of ONNX Runtime is little-endian.
             ids = kept.view(np.uint16)[1::2].astype(np.intp)
-            if len(ids) < _FEW:
-                self._add_few(ids)
-            else:
-                self._add(np.bincount(ids, minlength=BINS))
+            self._add(np.bincount(ids, minlength=BINS), len(ids))
+
+    def add(self, histogram: Histogram) -> None:
+        """Count every value that ``histogram`` has counted."""
+        dense = np.zeros(BINS, np.int64)
+        dense[histogram.ids] = histogram.counts
+        self._add(dense, histogram.finite)
+        self._low_bits |= histogram.low_bits
+        self._extrema = self._extrema.merge(histogram.extrema)
 
     def result(self) -> Histogram:
         """Return the statistics so far; the observer can go on."""
         dense = np.zeros((BINS // _PAGE, _PAGE), np.int64)
-        used = np.flatnonzero(self._page_of >= 0)
-        dense[used] = self._pages[self._page_of[used]]
+        dense[self._exponents] = self._pages
         return Histogram.from_dense(dense.reshape(-1), self._low_bits, self._extrema)
 
-    def _add(self, dense: I64) -> None:
+    def _add(self, dense: I64, total: int) -> None:
         table = dense.reshape(-1, _PAGE)
-        used = np.flatnonzero(table.any(axis=1))
-        self._open(used)
-        self._pages[self._page_of[used]] += table[used]
-
-    def _add_few(self, ids: npt.NDArray[np.intp]) -> None:
-        # Passing over all 65,536 counters would cost more than counting the values themselves.
-        exponents = ids >> 7
-        if (self._page_of[exponents] < 0).any():
-            self._open(np.unique(exponents))
-        places = self._page_of[exponents] * _PAGE + (ids & (_PAGE - 1))
-        self._pages += np.bincount(places, minlength=self._pages.size).reshape(-1, _PAGE)
-
-    def _open(self, exponents: npt.NDArray[np.intp]) -> None:
-        fresh = exponents[self._page_of[exponents] < 0]
-        if len(fresh):
-            self._page_of[fresh] = len(self._pages) + np.arange(len(fresh))
+        counts = table[self._exponents]
+        if counts.sum() != total:  # a pass over all counters only where some fell outside the pages
+            used = np.flatnonzero(table.any(axis=1))
+            fresh = used[~np.isin(used, self._exponents)]
+            self._exponents = np.concatenate([self._exponents, fresh])
             self._pages = np.concatenate([self._pages, np.zeros((len(fresh), _PAGE), np.int64)])
+            counts = table[self._exponents]
+        self._pages += counts

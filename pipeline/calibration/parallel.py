@@ -1,0 +1,74 @@
+"""Observing in several processes, on one machine (loky) or on a cluster (Dask), by joblib.
+
+Because statistics merge exactly and float sums are added in the order of the batches, any number of processes finds
+what one would have found. The cluster's own scheduler does the work of a lost process again.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import pickle
+import signal
+import threading
+from collections.abc import Iterable, Iterator
+from types import ModuleType
+from typing import Any
+
+from ...calibrate.errors import EnvironmentError_
+from ..graph import load
+from .observe import Stats
+from .probe import Batch
+from .runner import Job, Runner
+
+
+def observe_in_parallel(path: str, job: Job, workers: int, groups: Iterable[list[Batch]]) -> Iterator[list[Stats]]:
+    """Yield `Runner.stats` of each group, in order.
+
+    Args:
+        path: The model, where every process can read it.
+        job: What to observe.
+        workers: Number of processes; with a cluster chosen by ``joblib.parallel_config``, tasks at a time.
+        groups: Batches that one process does in one go.
+
+    Raises:
+        EnvironmentError_: joblib is missing, or a process of this machine died.
+    """
+    joblib = _joblib()
+    payload = pickle.dumps(job)
+    tasks = (joblib.delayed(_work)(path, payload, group) for group in groups)
+    pool = joblib.Parallel(n_jobs=workers, return_as="generator", pre_dispatch=2 * workers, batch_size=1)
+    try:
+        yield from pool(tasks)
+    except RuntimeError as error:
+        if type(error).__name__ != "TerminatedWorkerError":
+            raise
+        raise EnvironmentError_(
+            "a calibration process died, most often for lack of memory",
+            found=str(error).splitlines()[0],
+            do="run again with --resume and fewer --workers, or a smaller --batch",
+        ) from error
+
+
+def _joblib() -> ModuleType:
+    try:
+        import joblib
+    except ImportError as error:
+        raise EnvironmentError_(
+            "several workers need joblib", found=str(error), do="pip install 'qpipe[cluster]', or leave out --workers"
+        ) from error
+    return joblib  # type: ignore[no-any-return]
+
+
+def _work(path: str, payload: bytes, group: list[Batch]) -> list[Stats]:
+    is_child = multiprocessing.current_process().name != "MainProcess"
+    if is_child and threading.current_thread() is threading.main_thread():
+        # Ctrl-C reaches all processes of a terminal; the parent alone decides when to stop.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return _runner(path, payload).stats(group)
+
+
+@functools.lru_cache(maxsize=1)
+def _runner(path: str, payload: bytes) -> Runner:
+    job: Any = pickle.loads(payload)
+    return Runner(load(path), job)

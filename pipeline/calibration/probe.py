@@ -1,0 +1,140 @@
+"""A session that hands out the inner tensors of a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy.typing as npt
+import onnx
+
+from ...calibrate.errors import DataError
+from ..data import Batch
+from ..graph import Model
+from ..graph.constants import FileValues
+from ..graph.exporter import Skeleton, skeleton
+from ..graph.protos import location_of, refer
+from ..session import SessionExtras, make_session, ort_errors, translate
+from .expose import Exposed, expose
+
+_IN_MEMORY = 3 * 2**29
+_FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)")
+
+
+class Probe:
+    """Runs a model and yields the tensors that are watched, one by one.
+
+    Args:
+        model: The model; not changed. Weights in data files stay there when the model is large.
+        tensors: What to watch.
+        device: As for `make_session`.
+        threads: As for `make_session`.
+
+    Attributes:
+        watched: The tensors that can be had, in topological order.
+        not_covered: The others, and why.
+        lifted: Watched tensors that come out of a body flat: their axes are gone.
+
+    Raises:
+        QpipeError: As `make_session`.
+    """
+
+    def __init__(
+        self, model: Model, tensors: Sequence[str], *, device: str = "cpu", threads: int | None = None
+    ) -> None:
+        built = skeleton(model)
+        own = [entry.name for entry in built.proto.graph.output]
+        exposed = expose(built.proto, tensors)
+        self._skeleton = built.proto.SerializeToString()
+        folder = _place_weights(built)
+        # Threads that wait for the next operator by spinning would take the processor from those that count.
+        config = {"session.intra_op.allow_spinning": "0"}
+        if folder is not None:
+            config["session.model_external_initializers_file_folder_path"] = str(folder)
+        data = built.proto.SerializeToString()
+        del built
+        self._session = make_session(data, device=device, threads=threads, extras=SessionExtras(config=config))
+        types = {entry.name: entry.type for entry in self._session.get_outputs()}
+        types |= {entry.name: entry.type for entry in self._session.get_inputs()}
+        wrong = _without_floats(exposed, types)
+        self.not_covered = {**exposed.not_covered, **wrong}
+        self.lifted = exposed.lifted
+        self._inputs = [name for name in exposed.inputs if name not in wrong]
+        self._outputs = {output: name for name, output in exposed.outputs.items() if name not in wrong}
+        self._own = [name for name in own if types[name] in _FLOATS]
+        self.watched = [*self._inputs, *self._outputs.values()]
+
+    def run(self, batch: Batch) -> Iterator[tuple[str, npt.NDArray[Any], bool]]:
+        """Run the model on a batch and yield its tensors; each is let go before the next.
+
+        Yields:
+            Name, values, and whether the name is an output of the model rather than a watched tensor. A tensor that
+            is both comes twice.
+
+        Raises:
+            DataError: The batch does not fit the model.
+            ModelError: The model fails on it.
+        """
+        for name in self._inputs:
+            yield name, batch[name], False
+        names = list(dict.fromkeys([*self._own, *self._outputs]))
+        try:
+            arrays = self._session.run(names, batch)
+        except ort_errors() as error:
+            raise _run_error(error, batch) from error
+        own = set(self._own)
+        for index, name in enumerate(names):
+            array, arrays[index] = arrays[index], None
+            if name in own:
+                yield name, array, True
+            if name in self._outputs:
+                yield self._outputs[name], array, False
+
+    def skeleton(self) -> onnx.ModelProto:
+        """Return the model that runs, without large weights."""
+        return onnx.ModelProto.FromString(self._skeleton)
+
+    @property
+    def fetched(self) -> list[str]:
+        """Names of the graph outputs that one run copies out."""
+        return list(dict.fromkeys([*self._own, *self._outputs]))
+
+    @property
+    def can_split(self) -> bool:
+        """Whether every input takes batches of any size."""
+        return all(entry.shape and not isinstance(entry.shape[0], int) for entry in self._session.get_inputs())
+
+
+def _without_floats(exposed: Exposed, types: Mapping[str, str]) -> dict[str, str]:
+    named = {**{name: name for name in exposed.inputs}, **exposed.outputs}
+    return {name: f"it is a {types[out]}" for name, out in named.items() if types[out] not in _FLOATS}
+
+
+def _place_weights(built: Skeleton) -> Path | None:
+    """Fill the weights in, or leave those of a large model in their files; return the folder of those files."""
+    folder = None
+    if built.nbytes > _IN_MEMORY:
+        outside = [t for t in built.proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+        weights = [(tensor, built.weights[location_of(tensor)]) for tensor in outside]
+        files = [(tensor, values.source) for tensor, values in weights if isinstance(values, FileValues)]
+        if files:
+            folder = Path(os.path.commonpath([source.path.parent for _, source in files]))
+        for tensor, source in files:
+            path = source.path.relative_to(folder).as_posix()
+            refer(tensor, location=path, offset=source.offset, length=source.length)
+    built.fill()
+    return folder
+
+
+def _run_error(error: Exception, batch: Batch) -> Exception:
+    if type(error).__name__ != "InvalidArgument":
+        return translate(error, where="calibration run")
+    shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in batch.items())
+    return DataError("a batch does not fit the model", found=shapes, expected=str(error), do="qpipe inspect the model")
+
+
+def nbytes(batch: Batch) -> int:
+    """Return the bytes of a batch."""
+    return sum(array.nbytes for array in batch.values())

@@ -1,0 +1,343 @@
+"""Collect: run the model over data once and keep statistics of its activations, nothing else.
+
+One pass, in memory that does not grow with the data: an activation lives until its batch has been counted. The
+statistics can be saved on the way, so that a run that is stopped or killed goes on where it was, and they merge
+exactly, so that several processes find what one would have found.
+"""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from ... import __version__
+from ...calibrate.errors import DataError, WriteError
+from ...calibrate.stats.extrema import SENTINEL
+from ..calibration import Calibration, ModelIdentity, identify
+from ..calibration import load as load_qcal
+from ..calibration import save as save_qcal
+from ..calibration.observe import Detail, Stats
+from ..calibration.parallel import observe_in_parallel
+from ..calibration.probe import Batch
+from ..calibration.runner import Job, Runner
+from ..data.feed import Fingerprint, cut, is_empty, samples_in
+from ..graph import Model, from_proto, load, save
+from ..interrupts import Interrupted, StopRequest
+from ..session import load_onnxruntime
+
+MAX_NONFINITE = 1e-3
+"""Share of NaN and infinities in a tensor above which the data is refused."""
+
+_GROUP = 4  # batches per task of a worker
+_SAVING_SHARE = 0.05  # of the time, at most
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoints:
+    """Where statistics are saved, during a run and at its end.
+
+    Attributes:
+        path: The ``.qcal`` file.
+        resume: Go on from the file if it is there; the data must be the same from its start.
+        force: Replace an existing file.
+        batches: Save after so many batches, None for no such rule.
+        seconds: Save after so many seconds; less often where saving takes long.
+    """
+
+    path: Path
+    resume: bool = False
+    force: bool = False
+    batches: int | None = None
+    seconds: float = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectOptions:
+    """How to collect.
+
+    Attributes:
+        details: What to collect of a tensor beside its histogram, by tensor.
+        sentinel: Magnitude from which finite values are masks: counted apart, never in a range.
+        allow_nonfinite: Accept any number of NaN and infinities.
+        device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
+        threads: Threads per process, None for ONNX Runtime's choice.
+        workers: Processes; more than 1 needs joblib. On a cluster the model must be a path that all machines read.
+        max_memory: Refuse a model that makes a tensor of more bytes; None for the machine's memory.
+        batch_bytes: Split batches whose activations take more, where the model's batch axis is free.
+        checkpoints: None for nothing saved.
+        identity: The model that the statistics are for, where that is not the one that runs.
+        progress: Told the number of samples and the samples per second as the run goes.
+        warn: Told what is odd about the data.
+    """
+
+    details: Mapping[str, Detail] = field(default_factory=dict)
+    sentinel: float = SENTINEL
+    allow_nonfinite: bool = False
+    device: str = "cpu"
+    threads: int | None = None
+    workers: int = 1
+    max_memory: int | None = None
+    batch_bytes: int = 2**31
+    checkpoints: Checkpoints | None = None
+    identity: ModelIdentity | None = None
+    progress: Callable[[int, float], None] | None = None
+    warn: Callable[[str], None] | None = None
+
+
+def collect(
+    model: Model | onnx.ModelProto | str | Path,
+    tensors: Sequence[str],
+    batches: Iterable[Batch],
+    options: CollectOptions = CollectOptions(),
+) -> Calibration:
+    """Run ``model`` over ``batches`` and return the statistics of ``tensors``.
+
+    Args:
+        model: The model, or its path.
+        tensors: Names of activations: graph inputs, results of nodes, also inside bodies of If, Loop and Scan. Those
+            that cannot be had are listed in the result with the reason.
+        batches: Array by input name; sizes may differ from batch to batch. Consumed once.
+        options: How.
+
+    Raises:
+        DataError: A batch does not fit, there is none, or activations are not finite.
+        Interrupted: Ctrl-C or SIGTERM, after saving.
+        ModelError: The model fails, or would take too much memory.
+        WriteError: The target of the checkpoints exists, or cannot be written.
+        QpipeError: As `make_session`.
+    """
+    path = str(model) if isinstance(model, (str, Path)) else ""
+    if isinstance(model, (str, Path)):
+        model = load(model)
+    elif isinstance(model, onnx.ModelProto):
+        model = from_proto(model)
+    job = Job(
+        tensors=tuple(tensors),
+        details=options.details,
+        sentinel=options.sentinel,
+        allow_nonfinite=options.allow_nonfinite,
+        device=options.device,
+        threads=options.threads,
+        max_memory=options.max_memory,
+        batch_bytes=options.batch_bytes,
+    )
+    run = _Run(Runner(model, job), options, options.identity or identify(model))
+    with StopRequest() as stop:
+        if options.workers == 1:
+            return run.over(batches, run.one_by_one, stop)
+        with tempfile.TemporaryDirectory(prefix="qpipe-model-") as folder:
+            if not path:
+                path = str(save(model, Path(folder) / "model.onnx")[-1])
+            return run.over(batches, lambda stream: run.in_parallel(stream, path, job), stop)
+
+
+@dataclass(slots=True)
+class _Progress:
+    """How far the data has been read: fingerprint of the samples, and batches that had no elements."""
+
+    seen: dict[str, Any] = field(default_factory=lambda: Fingerprint().state())
+    skipped: int = 0
+
+
+class _Run:
+    def __init__(self, runner: Runner, options: CollectOptions, identity: ModelIdentity) -> None:
+        self._runner = runner
+        self._options = options
+        self._identity = identity
+        self._observers = runner.observers()
+        self._done = _Progress()
+        self._read = Fingerprint()
+        self._skipped = 0
+
+    def over(
+        self,
+        batches: Iterable[Batch],
+        observe: Callable[[Iterator[Batch]], Iterator[_Progress]],
+        stop: StopRequest,
+    ) -> Calibration:
+        """Observe all batches, saving on the way, until the data ends or ``stop`` is requested."""
+        saver = _Saver(self._options.checkpoints, self._result)
+        stream = self._filled(batches)
+        if (earlier := saver.earlier()) is not None:
+            stream = self._go_on(earlier, stream)
+        start, before = time.monotonic(), self._samples
+        for self._done in observe(stream):
+            if self._options.progress is not None:
+                rate = (self._samples - before) / max(time.monotonic() - start, 1e-9)
+                self._options.progress(self._samples, rate)
+            if stop.signum:
+                saver.save()
+                raise Interrupted(f"stopped after {self._samples} samples", stop.signum)
+            saver.tick()
+        self._done.skipped = self._skipped
+        if not self._samples:
+            raise _no_samples(self._skipped)
+        result = self._result()
+        judge(result.tensors, self._options)
+        saver.save()
+        return result
+
+    def one_by_one(self, stream: Iterator[Batch]) -> Iterator[_Progress]:
+        """Observe in this process."""
+        for batch in stream:
+            self._runner.observe(batch, self._observers)
+            yield self._count([batch])
+
+    def in_parallel(self, stream: Iterator[Batch], path: str, job: Job) -> Iterator[_Progress]:
+        """Observe in other processes, and add up what they find in the order of the data."""
+        sent: deque[_Progress] = deque()
+
+        def groups() -> Iterator[list[Batch]]:
+            while group := list(itertools.islice(stream, _GROUP)):
+                sent.append(self._count(group))
+                yield group
+
+        for results in observe_in_parallel(path, job, self._options.workers, groups()):
+            for stats in results:
+                self._observers.add(stats)
+            yield sent.popleft()
+
+    @property
+    def _samples(self) -> int:
+        return int(self._done.seen["samples"])
+
+    def _count(self, group: list[Batch]) -> _Progress:
+        for batch in group:
+            self._read.update(batch)
+        return _Progress(self._read.state(), self._skipped)
+
+    def _filled(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for batch in batches:
+            if is_empty(batch):
+                self._skipped += 1
+            else:
+                yield batch
+
+    def _go_on(self, earlier: Calibration, stream: Iterator[Batch]) -> Iterator[Batch]:
+        """Take over what was collected earlier; return the rest of the data."""
+        earlier.check_model(self._identity, where="--resume")
+        fresh = self._result()
+        if list(earlier.tensors) != list(fresh.tensors) or dict(earlier.options) != dict(fresh.options):
+            raise DataError(
+                "the file to resume was collected with other tensors or options",
+                do="use the same options again, or start anew without --resume",
+            )
+        wanted = earlier.data[0]["samples"] if len(earlier.data) == 1 else -1
+        rest: list[Batch] = []
+        while self._read.samples < wanted and (batch := next(stream, None)) is not None:
+            left = wanted - self._read.samples
+            if samples_in(batch) > left:
+                rest = [cut(batch, left, samples_in(batch))]
+                batch = cut(batch, 0, left)
+            self._count([batch])
+        if self._read.state() != earlier.data[0] or wanted < 0:
+            raise DataError(
+                "the data is not the data of the run to resume",
+                found=f"other content in the first {self._read.samples} samples",
+                expected=f"the {wanted} samples that were seen before, then the rest",
+                do="give the same data in the same order, or start anew without --resume",
+            )
+        self._observers.add(earlier.tensors)
+        self._done = _Progress(self._read.state(), self._skipped)
+        return itertools.chain(rest, stream)
+
+    def _result(self) -> Calibration:
+        return Calibration(
+            tensors=self._observers.result(),
+            samples=self._samples,
+            skipped=self._done.skipped,
+            model=self._identity,
+            data=(self._done.seen,),
+            options={"sentinel": self._options.sentinel, "device": self._options.device},
+            versions={"onnxruntime": load_onnxruntime().__version__, "qpipe": __version__},
+            not_covered=self._runner.not_covered,
+        )
+
+
+class _Saver:
+    def __init__(self, options: Checkpoints | None, result: Callable[[], Calibration]) -> None:
+        self._options = options
+        self._result = result
+        self._batches = 0
+        self._saved_at = time.monotonic()
+        self._took = 0.0
+        if options is not None and options.path.exists() and not (options.force or options.resume):
+            raise WriteError(
+                "the target exists already",
+                where=str(options.path),
+                do="give --resume to go on with it, --force to replace it, or another name with -o",
+            )
+
+    def earlier(self) -> Calibration | None:
+        """Return what an earlier run has saved, if it is to be resumed."""
+        if self._options is None or not self._options.resume or not self._options.path.exists():
+            return None
+        return load_qcal(self._options.path)
+
+    def tick(self) -> None:
+        """Count one step, and save when it is time."""
+        if self._options is None:
+            return
+        self._batches += 1
+        passed = time.monotonic() - self._saved_at
+        due = passed >= max(self._options.seconds, self._took / _SAVING_SHARE)
+        if due or (self._options.batches is not None and self._batches >= self._options.batches):
+            self.save()
+
+    def save(self) -> None:
+        """Save now."""
+        if self._options is None:
+            return
+        start = time.monotonic()
+        save_qcal(self._result(), self._options.path, force=True)
+        self._batches, self._saved_at = 0, time.monotonic()
+        self._took = self._saved_at - start
+
+
+def judge(tensors: Stats, options: CollectOptions) -> None:
+    """Warn of what does not take part in ranges, and refuse data that is mostly not finite.
+
+    Raises:
+        DataError: More than `MAX_NONFINITE` of a tensor is NaN or infinite, unless that is allowed.
+    """
+    found = {name: stats.histogram for name, stats in tensors.items()}
+    broken = [name for name, h in found.items() if h.nonfinite]
+    masked = [name for name, h in found.items() if h.sentinel]
+    bad = [name for name in broken if found[name].nonfinite > MAX_NONFINITE * found[name].total]
+    if bad and not options.allow_nonfinite:
+        raise DataError(
+            f"tensor {bad[0]!r} is not finite",
+            found=f"{_counts(found[bad[0]].extrema)}; first of {len(bad)} tensors in the order of the model",
+            expected=f"at most {MAX_NONFINITE:.1%} NaN and infinities",
+            do="fix the data or the model, or pass --allow-nonfinite",
+        )
+    if options.warn is not None and broken:
+        options.warn(
+            f"{len(broken)} tensors have NaN or infinities, the first is {broken[0]!r}: "
+            f"{_counts(found[broken[0]].extrema)}; they are left out"
+        )
+    if options.warn is not None and masked:
+        options.warn(
+            f"{len(masked)} tensors have mask values (magnitude over {options.sentinel:g}), "
+            f"the first is {masked[0]!r}; they are left out"
+        )
+
+
+def _counts(extrema: Any) -> str:
+    return f"{extrema.nan} NaN, {extrema.pos_inf} +Inf, {extrema.neg_inf} -Inf of {extrema.total} values"
+
+
+def _no_samples(skipped: int) -> DataError:
+    return DataError(
+        "the data gave no samples",
+        found=f"{skipped} batches without elements" if skipped else "no batch at all",
+        do="a generator that was iterated before is empty the second time: pass a fresh one",
+    )

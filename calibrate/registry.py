@@ -5,14 +5,14 @@ Adding a thing means adding one file. The files are imported on first use, so th
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from .errors import RecipeError
-
 
 T = TypeVar("T")
 
@@ -62,6 +62,32 @@ class Registry(Generic[T]):
                 do=f"use one of: {', '.join(sorted(self._items))}",
             )
         return self._items[name]
+
+    def resolve(self, text: str) -> T:
+        """Return the item that ``text`` names, with its first option set if ``text`` says so.
+
+        Args:
+            text: A registered name, or ``name:number`` for an item that is a dataclass with options as fields.
+
+        Raises:
+            RecipeError: No such item, an item without options, or a value that the option does not take.
+        """
+        name, colon, value = text.partition(":")
+        item: Any = self.get(name.strip())
+        if not colon:
+            return item  # type: ignore[no-any-return]
+        options = [field.name for field in dataclasses.fields(item)] if dataclasses.is_dataclass(item) else []
+        if not options:
+            raise RecipeError(f"the {self.kind} {name!r} has no options", found=repr(text), do=f"use {name!r}")
+        try:
+            return dataclasses.replace(item, **{options[0]: float(value)})  # type: ignore[no-any-return]
+        except ValueError as error:
+            raise RecipeError(
+                f"the {self.kind} {name!r} does not take {value!r}",
+                found=repr(text),
+                expected=f"{options[0]}: {error}",
+                do=f"leave it out: {name!r}",
+            ) from error
 
     def names(self) -> list[str]:
         """Return all names, sorted."""

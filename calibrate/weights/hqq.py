@@ -1,0 +1,111 @@
+"""HQQ: half-quadratic quantization, which needs no data.
+
+Letters: ``g`` number of scales, ``e`` weights that share one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from ..qarray import QArray, QParams, Spec, dequantize, params_from_range, params_from_scale, quantize
+from . import WEIGHT_METHODS, WeightStats
+from .groups import chunks, from_groups, row_spec, to_groups
+from .pairs import pair_safe
+from .search import mse_range
+
+Array = npt.NDArray[Any]
+F32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Hqq:
+    """What: fit scale and zero point to the bulk of the weights, and let the outliers be.
+
+    The error ``w - s (q - z)`` is split into a part that is taken as given, ``v = shrink(w - s (q - z))`` (the
+    proximal step of the l_p "norm", p < 1: large errors stay in v, small ones vanish), and the rest, for which s and
+    z are a least-squares fit of ``w - v`` on the codes. The two steps alternate while the penalty beta grows.
+
+    Departures from the paper, which keeps s and moves a real-valued z: ONNX zero points are codes, so that z is
+    rounded and s fitted as well; with a symmetric spec only s moves. Errors are measured in steps, so that beta means
+    the same for every weight. The iteration is local, hence it starts from the clip search and keeps, per scale, the
+    round with the smallest squared error.
+
+    When to use: 2 to 4 bits without calibration data.
+    Options: p, exponent of the norm; beta, its penalty; growth of beta per round; iterations.
+    Source: Badri and Shaji, "Half-quadratic quantization of large machine learning models" (2023).
+    """
+
+    p: float = 0.7
+    beta: float = 10.0
+    growth: float = 1.01
+    iterations: int = 20
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def __call__(self, w: Array, spec: Spec, stats: WeightStats | None = None) -> QArray:  # noqa: ARG002 - protocol
+        """Return the codes of ``w`` [out, in]; ``stats`` are not looked at."""
+        if spec.pair_limit:
+            return pair_safe(w, spec)
+        start = params_from_range(mse_range(w, spec), spec)
+        if not spec.format.scale_levels:
+            return quantize(w, start)
+        shape, granularity = (w.shape[0], w.shape[1]), spec.granularity
+        groups = to_groups(np.asarray(w, dtype=np.float32), granularity)
+        found = [self._fit(groups[rows], row_spec(spec)) for rows in chunks(groups)]
+        scale = from_groups(np.concatenate([params.scale for params in found]), granularity, shape)
+        zero_point = start.zero_point
+        if zero_point is not None:
+            rows = np.concatenate([np.asarray(params.zero_point) for params in found])
+            zero_point = from_groups(rows, granularity, shape).astype(spec.format.dtype)
+        return quantize(w, params_from_scale(scale, spec, zero_point))
+
+    def _fit(self, x: F32, spec: Spec) -> QParams:
+        """Return the parameters of the rows of ``x`` [g, e]."""
+        params = best = params_from_range(mse_range(x, spec), spec)
+        unit = params.scale
+        least = np.full(unit.shape, np.inf)
+        for i in range(self.iterations + 1):
+            error = x - dequantize(quantize(x, params))
+            cost = np.einsum("ge,ge->g", error, error)[:, None]
+            best = _choose(cost < least, params, best)
+            least = np.minimum(cost, least)
+            outliers = unit * shrink(error / unit, self.beta * self.growth**i, self.p)
+            params = _least_squares(x - outliers, params, quantize(x, params))
+        return best
+
+
+def shrink(x: F32, beta: float, p: float) -> F32:
+    """Return ``sign(x) max(|x| - |x|^(p-1) / beta, 0)``, the generalized soft threshold of the l_p norm."""
+    magnitude = np.abs(x)
+    with np.errstate(divide="ignore"):
+        return np.asarray(np.sign(x) * np.maximum(magnitude - magnitude ** np.float32(p - 1) / np.float32(beta), 0))
+
+
+def _least_squares(target: F32, params: QParams, codes: QArray) -> QParams:
+    """Fit ``target`` [g, e] by ``s (q - z)``; a scale that comes out as no positive number stays as it was."""
+    levels = dequantize(codes) / params.scale
+    movable = params.zero_point is not None and not params.spec.symmetric
+    mean = levels.mean(axis=1, keepdims=True) if movable else np.zeros_like(params.scale)
+    spread = levels - mean
+    power = np.einsum("ge,ge->g", spread, spread)[:, None]
+    slope = np.einsum("ge,ge->g", spread, target)[:, None] / np.where(power > 0, power, 1)
+    scale = np.where((power > 0) & (slope > 0), slope, params.scale)
+    zero_point = params.zero_point
+    if movable:
+        shift = np.rint(mean - target.mean(axis=1, keepdims=True) / scale)
+        zero_point = np.clip(np.asarray(zero_point) + shift, params.spec.qmin, params.spec.qmax).astype(np.float32)
+    return params_from_scale(scale, params.spec, zero_point)
+
+
+def _choose(better: npt.NDArray[np.bool_], ours: QParams, theirs: QParams) -> QParams:
+    zero_point = None
+    if ours.zero_point is not None:
+        zero_point = np.where(better, ours.zero_point, np.asarray(theirs.zero_point))
+    return replace(ours, scale=np.where(better, ours.scale, theirs.scale), zero_point=zero_point)
+
+
+WEIGHT_METHODS.add("hqq", Hqq())

@@ -27,28 +27,28 @@ QPIPE_DEVICE constexpr int flat(int i, int j, int r) {
 }
 
 // Add 128 * high digit * weight for every new outlier of the warp's rows. Rare, hence not fast: at most 64 of them per
-// row, gathered from the weight.
+// row, gathered from the weight, column pair by column pair so that it takes no registers from the main loop.
 template <int kMt, int kNt, class A>
 QPIPE_DEVICE void add_high_digits(A (&sums)[kMt * kNt * 4], const WarpTile& tile, const Operands& op,
                                   const QuantizedRows& rows) {
     const int lane = ptx::thread() % 32;
     QPIPE_UNROLL
-    for (int half = 0; half < kMt * 2; ++half) {
-        const int64_t row = tile.row + accumulator_row(lane, (half & 1) * 2) + (half >> 1) * 16;
-        const int count = row < op.m ? rows.high_count[row] : 0;
-        QPIPE_NO_UNROLL
-        for (int e = 0; e < count; ++e) {
-            const int64_t k = rows.high_column[row * kMostNewOutliers + e];
-            const int32_t digit = rows.high_digit[row * kMostNewOutliers + e] * 128;
-            QPIPE_UNROLL
-            for (int j = 0; j < kNt; ++j) {
-                QPIPE_UNROLL
-                for (int r = 0; r < 2; ++r) {
-                    const int64_t column = tile.column + j * 8 + accumulator_column(lane, r);
-                    if (!tile.owns(j) || column >= op.n) continue;
-                    sums[flat<kNt>(half >> 1, j, (half & 1) * 2 + r)] +=
-                        static_cast<A>(digit * op.w_codes[column * op.k_padded + k]);
-                }
+    for (int j = 0; j < kNt; ++j) {
+        const int64_t column = tile.column + j * 8 + accumulator_column(lane, 0);
+        if (!tile.owns(j) || column >= op.n) continue;
+        const int8_t* w = op.w_codes + column * op.k_padded;
+        const int next = column + 1 < op.n ? op.k_padded : 0;  // an odd N's last pair reads the same column twice
+        QPIPE_UNROLL
+        for (int half = 0; half < kMt * 2; ++half) {
+            const int64_t row = tile.row + accumulator_row(lane, (half & 1) * 2) + (half >> 1) * 16;
+            const int count = row < op.m ? rows.high_count[row] : 0;
+            const int32_t* at = rows.high_column + row * kMostNewOutliers;
+            const int32_t* digit = rows.high_digit + row * kMostNewOutliers;
+            A* pair = sums + flat<kNt>(half >> 1, j, (half & 1) * 2);
+            QPIPE_NO_UNROLL
+            for (int e = 0; e < count; ++e) {
+                pair[0] += static_cast<A>(digit[e] * 128 * w[at[e]]);
+                pair[1] += static_cast<A>(digit[e] * 128 * w[at[e] + next]);
             }
         }
     }

@@ -99,10 +99,13 @@ struct MmaPipeline {
     QPIPE_DEVICE void start(int stage) const {
         if (stage < stages) {
             const bool main = stage < code_stages;
-            const OperandPair& from = main ? codes : outliers;
+            // Field by field: choosing between the structures would put them into local memory.
+            const unsigned char* x = main ? codes.x : outliers.x;
+            const unsigned char* w = main ? codes.w : outliers.w;
+            const int row_bytes = main ? codes.row_bytes : outliers.row_bytes;
             const int byte = (main ? stage : stage - code_stages) * kStageBytes;
-            copy_rows<Tile::kBm, Tile::kThreads>(x_tile(stage), from.x, row, op.m, from.row_bytes, byte);
-            copy_rows<Tile::kBn, Tile::kThreads>(w_tile(stage), from.w, column, op.n, from.row_bytes, byte);
+            copy_rows<Tile::kBm, Tile::kThreads>(x_tile(stage), x, row, op.m, row_bytes, byte);
+            copy_rows<Tile::kBn, Tile::kThreads>(w_tile(stage), w, column, op.n, row_bytes, byte);
         }
         ptx::copy_async_commit();
     }
@@ -177,7 +180,7 @@ QPIPE_DEVICE void multiply_tile(const MmaPipeline<Tile>& pipeline, const Operand
 }
 
 template <class Tile, class Lane, class T>
-__global__ void __launch_bounds__(Tile::kThreads) gemm_mma_kernel(const __grid_constant__ Operands op,
+__global__ void __launch_bounds__(Tile::kThreads, 1) gemm_mma_kernel(const __grid_constant__ Operands op,
                                                                   const __grid_constant__ QuantizedRows rows) {
     const TileSpot spot = tile_spot(ptx::block(), static_cast<int>(ceil_div<int64_t>(op.m, Tile::kBm)),
                                     static_cast<int>(ceil_div<int64_t>(op.n, Tile::kBn)));

@@ -54,6 +54,9 @@ QPIPE_BOTH TileSpot tile_spot(int index, int tiles_m, int tiles_n) {
     return {group * kTileGroup + within % height, within / height};
 }
 
+// What the blocks of a cluster have in common: nothing, the W or the X that they read, or one tile split along K.
+enum class Share : int { kNothing, kW, kX, kK };
+
 // Stages [first, last) of `total` that member `rank` of a split along K takes.
 struct StageRange {
     int first;

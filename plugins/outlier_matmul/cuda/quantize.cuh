@@ -34,8 +34,8 @@ template <class T>
 QPIPE_DEVICE void move_outliers(T* row, T* outliers, const Operands& op) {
     for (int i = ptx::thread(); i < op.o_padded; i += ptx::threads()) {
         T value{};
-        if (i < op.o) {
-            const int column = op.outlier_index[i];
+        const int column = i < op.o ? op.outlier_index[i] : -1;
+        if (column >= 0 && column < op.k) {
             value = row[column];
             row[column] = T{};
         }

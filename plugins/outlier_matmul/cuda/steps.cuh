@@ -74,10 +74,11 @@ struct FloatStep<float> {
     QPIPE_DEVICE static uint32_t round_tf32(uint32_t bits) { return (bits + 0x1000u) & 0xffffe000u; }
 
     QPIPE_DEVICE static Parts split(uint32_t bits) {
-        if ((bits & kInfinityBits) == kInfinityBits) return {bits, 0, 0};
-        const uint32_t high = round_tf32(bits);
+        // Masks instead of a branch, which would cost registers.
+        const uint32_t finite = (bits & kInfinityBits) == kInfinityBits ? 0 : ~0u;
+        const uint32_t high = (round_tf32(bits) & finite) | (bits & ~finite);
         const float rest = ptx::bits_float(bits) - ptx::bits_float(high);
-        return {high, round_tf32(ptx::float_bits(rest)), high};
+        return {high, round_tf32(ptx::float_bits(rest)) & finite, high & finite};
     }
 
     QPIPE_DEVICE static void multiply(float* c, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ...calibrate.errors import DataError
 from .signature import Batch, InputInfo, Warn, conform
 from .sources import batches
 
@@ -151,6 +152,13 @@ class Feed:
             self.batches += 1
             self.fingerprint.update(batch)
             yield batch
+        if self.skipped and not self.batches:
+            raise DataError(
+                "the data gave no samples",
+                found=f"{self.skipped} batches, all of them without elements",
+                expected="at least one batch with elements",
+                do="check what load_data() yields",
+            )
 
     def _conformed(self) -> Iterator[Batch]:
         for raw in batches(self._argument, inputs=self._inputs, batch=self._fixed or self._options.batch):

@@ -42,6 +42,7 @@ class Decision:
         spec: How the tensor is stored, or None.
         form: How the graph expresses it (see `Recipe.form`).
         reason: Why, in a sentence that a user understands.
+        algorithm: Weight algorithm, e.g. ``gptq:0.01``; empty where the site holds no weight.
     """
 
     site: Site
@@ -49,6 +50,7 @@ class Decision:
     spec: Spec | None
     reason: str
     form: str = "qdq"
+    algorithm: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +100,7 @@ class Plan:
                     "role": d.site.role,
                     "form": d.form,
                     "spec": spec_text(d.spec) if d.spec else None,
+                    "algorithm": d.algorithm,
                     "reason": d.reason,
                 }
                 for d in self.decisions
@@ -115,4 +118,6 @@ def spec_text(spec: Spec) -> str:
     else:
         where = f"per channel (axis {granularity.axis})"
     text = f"{spec.format.name} {where}, {'symmetric' if spec.symmetric else 'asymmetric'}"
-    return f"{text}, {spec.format.bits - spec.reduce_bits} bits" if spec.reduce_bits else text
+    if spec.reduce_bits:
+        text += f", {spec.format.bits - spec.reduce_bits} bits"
+    return f"{text}, pairs up to {spec.pair_limit}" if spec.pair_limit else text

@@ -31,7 +31,7 @@ class WeightOptions(_Part):
         block_size: Values per block when the granularity is ``block``.
         symmetric: Zero point at the middle of the codes.
         narrow_range: Leave out the lowest code, so that codes are symmetric too.
-        reduce_bits: Bits given up for kernels that saturate; None lets the target choose.
+        reduce_bits: Bits given up for kernels that saturate; None lets the target limit pairs of codes instead.
         algorithm: Weight algorithm that picks the codes; None lets the scheme choose.
     """
 
@@ -43,13 +43,13 @@ class WeightOptions(_Part):
     reduce_bits: int | None = Field(default=None, ge=0, le=7)
     algorithm: str | None = None
 
-    def spec(self, axis: int | None, block_axis: int | None, reduce_bits: int = 0) -> Spec:
+    def spec(self, axis: int | None, block_axis: int | None, pair_limit: int = 0) -> Spec:
         """Return the `Spec` of a weight.
 
         Args:
             axis: Axis of the output channels, None where the operator allows one scale only.
             block_axis: Axis of the input channels, which blocks run along.
-            reduce_bits: What the target asks for where the recipe leaves it open.
+            pair_limit: What the target's kernels ask of int8 weights, unless the recipe gives up bits instead.
         """
         granularity = PER_TENSOR
         if self.granularity == "channel" and axis is not None:
@@ -62,7 +62,8 @@ class WeightOptions(_Part):
             granularity=granularity,
             symmetric=self.symmetric,
             narrow_range=self.narrow_range and self.symmetric and fmt.is_integer and fmt.is_signed,
-            reduce_bits=reduce_bits if self.reduce_bits is None else self.reduce_bits,
+            reduce_bits=self.reduce_bits or 0,
+            pair_limit=pair_limit if fmt.name == "int8" and self.reduce_bits is None and self.symmetric else 0,
         )
 
 

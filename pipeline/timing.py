@@ -33,7 +33,9 @@ class Timing:
     ratio: float
 
 
-def race(paths: Sequence[Path], batches: Sequence[Batch], *, rounds: int = 9, threads: int | None = None) -> list[Timing]:
+def race(
+    paths: Sequence[Path], batches: Sequence[Batch], *, rounds: int = 9, threads: int | None = None
+) -> list[Timing]:
     """Time models as they are deployed, on the same batches, in turn; the first round only warms up.
 
     Args:

@@ -50,6 +50,10 @@ class RtnMse:
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
+    def __post_init__(self) -> None:
+        if not self.candidates >= 1:
+            raise ValueError("candidates are 1 or more")
+
     def __call__(self, w: Array, spec: Spec, stats: WeightStats | None = None) -> QArray:
         """Return the codes of ``w`` [out, in]."""
         energy = None if stats is None else stats.energy

@@ -37,15 +37,17 @@ INTERRUPTED, TERMINATED, BUG = 130, 143, 70
 class Terminated(KeyboardInterrupt):
     """SIGTERM, treated as the first Ctrl-C."""
 
+    exit_code = TERMINATED
+
 
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are called."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
         """Return the names in the order of the usual work."""
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         """Import and return a command."""
         if cmd_name not in COMMANDS:
             return None
@@ -53,7 +55,7 @@ class LazyGroup(click.Group):
         command: click.Command = module.command
         return command
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         """Write the list of commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl(list(COMMANDS.items()))
@@ -85,12 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except QpipeError as error:
         output.fail(error, as_json="--json" in given)
         return error.exit_code
-    except Terminated:
-        output.note("stopped (SIGTERM)")
-        return TERMINATED
-    except (KeyboardInterrupt, click.Abort):
-        output.note("stopped (Ctrl-C)")
-        return INTERRUPTED
+    except (KeyboardInterrupt, click.Abort) as stop:
+        output.note(str(stop) or "stopped")
+        return int(getattr(stop, "exit_code", INTERRUPTED))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter's last flush finds somewhere to go
         return 0

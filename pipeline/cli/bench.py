@@ -27,7 +27,7 @@ def command(models: tuple[Path, ...], rounds: int, threads: int | None, as_json:
     from ..graph import load
     from ..timing import race
 
-    feed = feed_from(given, inputs_of(load(models[0])))
+    feed = feed_from(given, inputs_of(load(models[0]).graph))
     results = race(list(models), list(feed), rounds=rounds, threads=threads)
     rows = [[r.path, f"{r.milliseconds:.2f}", f"{r.spread:.0%}", f"{r.ratio:.2f}x"] for r in results]
     data = [{"model": str(r.path), "ms": r.milliseconds, "spread": r.spread, "speed": r.ratio} for r in results]

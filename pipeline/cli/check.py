@@ -25,7 +25,8 @@ def command(model: Path, target: str | None, allow_hardlinks: bool, as_json: boo
     errors = [f for f in findings if f.severity == "error"]
     lines = [f"{model}: {len(errors)} errors, {len(findings) - len(errors)} warnings"]
     lines += [
-        f"{f.severity}: {f.rule}: {f.node or f.tensor}: found {f.found}, expected {f.expected}. {f.do}" for f in findings
+        f"{f.severity}: {f.rule}: {f.node or f.tensor}: found {f.found}, expected {f.expected}. {f.do}"
+        for f in findings
     ]
     output.emit({"model": str(model), "findings": [f.to_dict() for f in findings]}, as_json, lines)
     if errors:

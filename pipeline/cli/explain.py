@@ -53,7 +53,9 @@ def target(name: str | None, as_json: bool) -> None:
 
     if name is None:
         output.emit(
-            {"targets": TARGETS.names()}, as_json, output.table(["target", ""], [[n, t.summary] for n, t in TARGETS.items()])
+            {"targets": TARGETS.names()},
+            as_json,
+            output.table(["target", ""], [[n, t.summary] for n, t in TARGETS.items()]),
         )
         return
     found = TARGETS.get(name)

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from ..data import Feed, InputInfo
 
 MODEL = click.argument("model", type=click.Path(path_type=Path))
-OUTPUT = click.option("-o", "--output", "output_path", required=True, type=click.Path(path_type=Path), help="File to write.")
+OUTPUT = click.option(
+    "-o", "--output", "output_path", required=True, type=click.Path(path_type=Path), help="File to write."
+)
 FORCE = click.option("--force", is_flag=True, help="Replace existing files.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")
 QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress.")

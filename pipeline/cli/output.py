@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SCHEMA_VERSION = 1
-_CONTROL = {code: None for code in (*range(9), *range(11, 32), 127)}
+_CONTROL = dict.fromkeys((*range(9), *range(11, 32), 127))
 
 
 def clean(text: str) -> str:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..plan import Plan
     from ..recipe import Recipe
     from ..stages.quantize import Quantized
+    from ..workflow import Job
 
 
 @click.command("quantize", short_help="Quantize a model.")
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 @click.option("--skip-nonfinite", is_flag=True, help="Leave layers whose weights are not finite in float.")
 @click.option("--requantize", is_flag=True, help="Accept a model that is quantized in part.")
 @click.option("--calib-by-name", is_flag=True, help="Accept statistics of another model, matched by tensor names.")
+@click.option("--allow-hardlinks", is_flag=True, help="Accept data files that have other names elsewhere.")
 @DEVICE
 @FORCE
 @JSON
@@ -47,26 +49,18 @@ def command(model: Path, output_path: Path | None, **given: Any) -> None:
     """Quantize MODEL. Without --calib, statistics are collected from --data first."""
     if output_path is None and not given["dry_run"]:
         raise UsageError("no output was named", expected="-o FILE, or --dry-run", do="qpipe quantize m.onnx -o q.onnx")
-    from ..graph import load, model_hash, save
-    from ..stages.prepare import prepare, require_opset
-    from ..stages.quantize import QuantizeOptions, quantize_model
-    from ..stages.upgrade import upgrade
+    from ..graph import save
+    from ..stages.quantize import QuantizeOptions
+    from ..workflow import Job
 
     recipe = _recipe(given)
-    loaded = load(model)
-    digest = model_hash(loaded)
-    if given["upgrade"]:
-        loaded = upgrade(loaded)
-    require_opset(loaded)
-    before = _weight_bytes(loaded)
-    loaded = prepare(loaded)
-    calibration = _calibration(loaded, recipe, given)
+    job = Job.open(model, convert=given["upgrade"], allow_hardlinks=given["allow_hardlinks"])
+    before = _weight_bytes(job.model)
     options = QuantizeOptions(skip_nonfinite=given["skip_nonfinite"], requantize=given["requantize"])
-    result = quantize_model(loaded, recipe, calibration, model_hash=digest, options=options)
+    result = job.quantize(recipe, _calibration(job, recipe, given), options)
     _save_side_files(result.plan, recipe, given)
     written: list[Path] = []
     if output_path is not None and not given["dry_run"]:
-        _check(result.model, recipe)
         written = save(result.model, output_path, force=given["force"])
     _report(result, recipe, given, (before, written))
 
@@ -84,29 +78,13 @@ def _recipe(given: dict[str, Any]) -> Recipe:
     return make_recipe(**keys)
 
 
-def _calibration(model: Model, recipe: Recipe, given: dict[str, Any]) -> Calibration | None:
+def _calibration(job: Job, recipe: Recipe, given: dict[str, Any]) -> Calibration | None:
     from ..stages.quantize import needs_statistics
-    from .collecting import collect_from_options, read_statistics
+    from .collecting import collect_statistics, read_statistics
 
     if given["calib"]:
-        return read_statistics(given["calib"], model, by_name=given["calib_by_name"])
-    if not needs_statistics(recipe):
-        return None
-    return collect_from_options(model, given)
-
-
-def _check(model: Model, recipe: Recipe) -> None:
-    from ...calibrate.errors import ModelError
-    from ..qdq_check import check_qdq
-
-    errors = [f for f in check_qdq(model, target=recipe.target) if f.severity == "error"]
-    if errors:
-        raise ModelError(
-            "the quantized model does not pass its own check, nothing was written",
-            where=errors[0].where,
-            found=errors[0].message,
-            do="please report this with the model's structure (qpipe inspect --json)",
-        )
+        return read_statistics(given["calib"], job, by_name=given["calib_by_name"])
+    return collect_statistics(job, given) if needs_statistics(recipe) else None
 
 
 def _save_side_files(plan: Plan, recipe: Recipe, given: dict[str, Any]) -> None:
@@ -130,9 +108,7 @@ def _weight_bytes(model: Model) -> int:
     return sum(stored_size(constant) for constant in constants(model.graph))
 
 
-def _report(
-    result: Quantized, recipe: Recipe, given: dict[str, Any], sizes: tuple[int, list[Path]]
-) -> None:
+def _report(result: Quantized, recipe: Recipe, given: dict[str, Any], sizes: tuple[int, list[Path]]) -> None:
     nodes = result.plan.nodes()
     quantized = [d for d in nodes.values() if d.spec is not None]
     kept = [d for d in nodes.values() if d.spec is None]

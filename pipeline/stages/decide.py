@@ -8,6 +8,7 @@ nothing behind them reads codes. Every considered site gets a decision, and one 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 import onnx_graphsurgeon as gs
@@ -21,6 +22,8 @@ from ..recipe import Recipe, make_recipe
 from ..rules import RULES, OpRule
 from ..targets import TARGETS, Target
 from .regions import Regions
+
+DEFAULT_ALGORITHM = "rtn"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,12 @@ class _Draft:
         site = Site(node=node.name, slot=slot, tensor=tensor.name if tensor is not None else "", role=role)
         entry = Decision(site=site, op=node.op, spec=spec, reason=reason, form=form)
         self.decisions.setdefault(node.name, []).append(entry)
+
+    def put_weight(self, node: gs.Node, slot: str, spec: Spec, recipe: Recipe) -> None:
+        self.put(node, slot, "weight", spec, "weight of a quantized operator", recipe.form)
+        assert recipe.weights is not None
+        entries = self.decisions[node.name]
+        entries[-1] = dataclasses.replace(entries[-1], algorithm=recipe.weights.algorithm or DEFAULT_ALGORITHM)
 
 
 def decide(graph: gs.Graph, recipe: Recipe, calibration: Calibration | None, model_hash: str = "") -> Plan:
@@ -149,7 +158,7 @@ def _bad_statistics(tensor: str, calibration: Calibration) -> str:
         return f"no statistics: {tensor!r} was not seen during calibration"
     histogram = calibration.tensors[tensor].histogram
     if histogram.extrema.sentinel:
-        return f"{tensor!r} holds {histogram.extrema.sentinel} mask sentinels (magnitude over 1e30), which no scale can hold"
+        return f"{tensor!r} holds {histogram.extrema.sentinel} mask sentinels (over 1e30), which no scale can hold"
     if histogram.finite == 0:
         return f"no statistics: {tensor!r} held no finite value during calibration"
     return ""
@@ -169,7 +178,8 @@ def _decide_weighted(node: gs.Node, rule: OpRule, context: Context, draft: _Draf
         draft.put(node, "", "node", None, "the recipe leaves weights in float")
         return
     rank = len(weight.shape)
-    spec = recipe.weights.spec(rule.out_axis(node, rank), rule.in_axis(node, rank), target.reduce_bits)
+    pair_limit = target.pair_limit if recipe.activations is not None else 0
+    spec = recipe.weights.spec(rule.out_axis(node, rank), rule.in_axis(node, rank), pair_limit)
     needs_output = node.op in target.needs_output
     if recipe.activations is not None and needs_output and not regions.can_carry_output(node, context.calibration):
         draft.put(node, "", "node", None, "its output has no statistics, and its integer kernel needs them")
@@ -177,7 +187,7 @@ def _decide_weighted(node: gs.Node, rule: OpRule, context: Context, draft: _Draf
     if recipe.activations is not None:
         _put_activation(node, 0, recipe, target, draft)
         regions.seed(node, rule)
-    draft.put(node, f"in{slot}", "weight", spec, "weight of a quantized operator", recipe.form)
+    draft.put_weight(node, f"in{slot}", spec, recipe)
     if rule.bias is not None and rule.bias < len(node.inputs) and weight_of(node.inputs[rule.bias]) is not None:
         _put_bias(node, rule.bias, recipe, target, draft)
 

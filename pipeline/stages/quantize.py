@@ -65,7 +65,7 @@ def quantize_model(
     calibration: Calibration | None = None,
     *,
     model_hash: str = "",
-    options: QuantizeOptions = QuantizeOptions(),  # noqa: B008 - frozen
+    options: QuantizeOptions = QuantizeOptions(),
 ) -> Quantized:
     """Quantize a prepared model in place.
 
@@ -84,7 +84,7 @@ def quantize_model(
     plan = decide(model.graph, recipe, calibration, model_hash)
     plan = settle_nonfinite(model.graph, plan, skip=options.skip_nonfinite)
     activations = solve(plan, calibration, recipe.method)
-    weights = quantize_weights(model.graph, plan)
+    weights = quantize_weights(model.graph, plan, calibration)
     bench = Workbench(graph=model.graph, activations={key: s.params for key, s in activations.items()}, weights=weights)
     insert(plan, bench)
     return Quantized(model=lower(model, plan, recipe), plan=plan, activations=activations, weights=weights)

@@ -4,29 +4,88 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from ...calibrate.errors import ModelError
-from ...calibrate.qarray import QArray, Spec, minmax_range, params_from_range, quantize
+from ...calibrate.qarray import QArray, Spec
+from ...calibrate.stats.gram import Gram
+from ...calibrate.weights import WEIGHT_METHODS, WeightMethod, WeightStats
+from ..calibration import Calibration
 from ..constants import Weight, weight_of
+from ..layouts import Layout, layout_of
 from ..plan import Decision, Plan, Site
 
+Array = npt.NDArray[Any]
 
-def quantize_weights(graph: gs.Graph, plan: Plan) -> dict[Site, QArray]:
-    """Quantize every weight that the plan names; a weight with two users of the same spec is quantized once."""
-    cache: dict[tuple[str, Spec], QArray] = {}
+
+def quantize_weights(graph: gs.Graph, plan: Plan, calibration: Calibration | None = None) -> dict[Site, QArray]:
+    """Quantize every weight that the plan names, one at a time.
+
+    A weight with two users of the same spec is quantized once, unless its algorithm looks at their inputs.
+
+    Args:
+        graph: The float graph.
+        plan: What was decided; names the algorithm of each weight.
+        calibration: Statistics of inputs, for algorithms that need them.
+
+    Raises:
+        DataError: An algorithm needs statistics that were not collected.
+    """
+    nodes = {node.name: node for node in graph.nodes}
+    cache: dict[tuple[str, Spec, str, str], QArray] = {}
     result: dict[Site, QArray] = {}
     for decision, weight in _weights(graph, plan):
         assert decision.spec is not None
-        key = (weight.key, decision.spec)
+        node = nodes[decision.site.node]
+        method = WEIGHT_METHODS.resolve(decision.algorithm)
+        source = node.inputs[0].name if method.needs else ""
+        key = (weight.key, decision.spec, decision.algorithm, source)
         if key not in cache:
-            array = np.asarray(weight.values(), dtype=np.float32)
-            ranges = minmax_range(array, decision.spec.granularity)
-            cache[key] = quantize(array, params_from_range(ranges, decision.spec))
+            layout = layout_of(node, weight.shape)
+            stats = layer_stats(layout, calibration, node.inputs[0].name)
+            cache[key] = quantize_layer(weight.values(), decision.spec, layout, method, stats)
         result[decision.site] = cache[key]
     return result
+
+
+def quantize_layer(
+    w: Array, spec: Spec, layout: Layout, method: WeightMethod, stats: WeightStats | None = None
+) -> QArray:
+    """Quantize one weight.
+
+    Args:
+        w: Weight in the operator's own layout.
+        spec: In the axes of that layout.
+        layout: The way to [out, in] and back.
+        method: The algorithm.
+        stats: Statistics of the inputs of [out, in].
+    """
+    matrix = layout.matrix(np.asarray(w, dtype=np.float32))
+    if layout.groups > 1 and method.needs:
+        method, stats = WEIGHT_METHODS.get("rtn_mse"), None  # inputs differ from group to group
+    return layout.restore(method(matrix, layout.spec(spec), stats), spec)
+
+
+def layer_stats(layout: Layout, calibration: Calibration | None, tensor: str) -> WeightStats | None:
+    """Return what was collected of a layer's input, in the order of the matrix's inputs; None when nothing was."""
+    known = None if calibration is None else calibration.tensors.get(tensor)
+    if known is None or layout.groups > 1 or (known.channels is None and known.gram is None):
+        return None
+    columns = layout.columns()
+    channels, gram = known.channels, known.gram
+    if channels is not None and len(channels.amax) != len(columns):
+        return None
+    if channels is not None:
+        channels = dataclasses.replace(
+            channels, amax=channels.amax[columns], total=channels.total[columns], energy=channels.energy[columns]
+        )
+    if gram is not None:
+        gram = Gram(matrix=gram.matrix[np.ix_(columns, columns)], tokens=gram.tokens)
+    return WeightStats(gram=gram, channels=channels)
 
 
 def settle_nonfinite(graph: gs.Graph, plan: Plan, *, skip: bool) -> Plan:

@@ -21,7 +21,8 @@ class Target:
         int32_bias: Operator types whose integer kernel takes an int32 bias with scale ``s_x * s_w``.
         static_attention: Whether MatMul of two activations is quantized by default.
         opset_ceiling: Highest opset that the target has kernels for.
-        reduce_bits: Bits that weights give up because sums saturate on this machine.
+        pair_limit: Largest sum of two neighbouring int8 weights of one sign, for kernels that add two products in 16
+            bits; 0 where sums do not saturate.
         source: Where the facts come from.
     """
 
@@ -34,7 +35,7 @@ class Target:
     int32_bias: frozenset[str] = frozenset()
     static_attention: bool = False
     opset_ceiling: int = 25
-    reduce_bits: int = 0
+    pair_limit: int = 0
     source: str = ""
     notes: tuple[str, ...] = field(default=())
 

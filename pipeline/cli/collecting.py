@@ -1,0 +1,70 @@
+"""Statistics for a command: read from a file, or collected from the data options."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import output
+from .options import feed_from
+
+if TYPE_CHECKING:
+    from ..calibration import Calibration
+    from ..stages.collect import Checkpoints
+    from ..workflow import Job
+
+
+def read_statistics(path: Path, job: Job, *, by_name: bool = False) -> Calibration:
+    """Read a ``.qcal`` file and hold it against the model.
+
+    Args:
+        path: The file.
+        job: The model that it is to serve.
+        by_name: Accept statistics of another model, matched by tensor names.
+
+    Raises:
+        DataError: Damaged, or of another model.
+    """
+    from ..calibration import identify, load
+
+    calibration = load(path)
+    if not by_name:
+        calibration.check_model(identify(job.path), where=str(path))
+    return calibration
+
+
+def collect_statistics(job: Job, given: Mapping[str, Any], checkpoints: Checkpoints | None = None) -> Calibration:
+    """Collect from the data that the options name, with progress on stderr."""
+    from ..data import inputs_of
+    from ..stages.collect import CollectOptions
+
+    feed = feed_from(given, inputs_of(job.model.graph))
+    with output.progress("calibrating", given["samples"], quiet=given["quiet"]) as advance:
+        options = CollectOptions(
+            device=given["device"],
+            workers=given.get("workers", 1),
+            allow_nonfinite=given.get("allow_nonfinite", False),
+            max_memory=given.get("max_memory"),
+            checkpoints=checkpoints,
+            progress=lambda done, rate: advance(done, f"{rate:.1f} samples/s, {_peak_memory():.0f} MB"),
+            warn=output.warn,
+        )
+        start = time.monotonic()
+        calibration = job.collect(feed, options)
+    seconds = max(time.monotonic() - start, 1e-9)
+    output.note(
+        f"{calibration.samples} samples, {len(calibration.tensors)} tensors, "
+        f"{calibration.samples / seconds:.1f} samples/s, peak {_peak_memory():.0f} MB"
+    )
+    for tensor, reason in calibration.not_covered.items():
+        output.note(f"not covered: {tensor}: {reason}")
+    return calibration
+
+
+def _peak_memory() -> float:
+    """Return the largest resident size of this process so far, in MB."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -45,6 +45,8 @@ TRAITS = {
     ),
 }
 
+TRAITS["ort-cpu-avx2"] = TRAITS["ort-cpu-vnni"] = TRAITS["ort-cpu"]
+
 
 def traits_of(target: str) -> TargetTraits:
     """Return the demands of the target called ``target``.

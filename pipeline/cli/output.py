@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
@@ -33,6 +34,11 @@ def emit(data: dict[str, Any], as_json: bool, lines: Iterable[str]) -> None:
         return
     for line in lines:
         click.echo(clean(line))
+
+
+def width() -> int:
+    """Return how wide text may be: the terminal's width, and plenty where there is none."""
+    return shutil.get_terminal_size((160, 40)).columns if sys.stdout.isatty() else 160
 
 
 def note(text: str) -> None:

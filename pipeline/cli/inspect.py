@@ -1,0 +1,78 @@
+"""``qpipe inspect``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ...calibrate.errors import UsageError
+from . import output
+from .options import FORCE, JSON
+
+
+@click.command("inspect", short_help="Show what is in a model or a statistics file.")
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--tensors", is_flag=True, help="List every stored tensor.")
+@click.option("--report", type=click.Path(path_type=Path), help="Write a report with histograms (.html, .json, .txt).")
+@click.option("--limit", type=click.IntRange(min=1), default=40, show_default=True, help="Rows of long lists.")
+@FORCE
+@JSON
+def command(file: Path, **given: Any) -> None:
+    """Show FILE: a model (.onnx) or statistics (.qcal). Weights are never loaded."""
+    if file.suffix == ".qcal":
+        _statistics(file, given)
+    else:
+        _model(file, given)
+
+
+def _model(file: Path, given: dict[str, Any]) -> None:
+    from ..graph import load
+    from ..inspect import inspect_model
+
+    facts = inspect_model(load(file))
+    operators = sorted(facts.operators.items(), key=lambda item: -item[1])
+    lines = [
+        f"{file}: opset {_opsets(facts.opsets)}, IR {facts.ir_version}, {facts.producer or 'unknown producer'}",
+        f"inputs : {', '.join(facts.inputs)}",
+        f"outputs: {', '.join(facts.outputs)}",
+        f"nodes  : {facts.nodes} ({', '.join(f'{op} {n}' for op, n in operators[:12])})",
+        f"weights: {facts.parameters:,} parameters, {facts.bits_per_weight:.2f} bits per weight, "
+        f"{facts.file_bytes / 1e6:.1f} MB on disk",
+        f"memory : {memory_line(facts.memory_by_precision)}",
+    ]
+    lines += [f"{key}: {value}" for key, value in sorted(facts.metadata.items())]
+    if facts.quantized:
+        rows = [[q.op, ", ".join(q.inputs), q.output] for q in facts.quantized[: given["limit"]]]
+        lines += ["", "quantized operators", *output.table(["operator", "inputs", "output"], rows)]
+    if given["tensors"]:
+        rows = [[t.name, t.type, list(t.shape), t.bytes] for t in facts.tensors]
+        lines += ["", *output.table(["tensor", "type", "shape", "bytes"], rows)]
+    output.emit(facts.to_dict(), given["as_json"], lines)
+
+
+def _opsets(opsets: dict[str, int]) -> str:
+    return ", ".join(str(v) if name in ("", "ai.onnx") else f"{name} {v}" for name, v in sorted(opsets.items()))
+
+
+def memory_line(memory: dict[str, float]) -> str:
+    """Return what the weights weigh in each precision, in a line."""
+    return ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in memory.items())
+
+
+def _statistics(file: Path, given: dict[str, Any]) -> None:
+    from .. import report as reports
+    from ..calibration import load
+    from ..inspect_calibration import calibration_report, inspect_calibration
+
+    if not file.is_file():
+        raise UsageError("no such file", where=str(file), expected="a statistics file written by qpipe calibrate")
+    calibration = load(file)
+    rows = inspect_calibration(calibration)
+    report = calibration_report(calibration, rows, title=str(file))
+    if given["report"]:
+        reports.save(report, given["report"], force=given["force"])
+        output.note(f"wrote {given['report']}")
+    data = {**report.to_dict(), "rows": [row.to_dict() for row in rows]}
+    output.emit(data, given["as_json"], reports.to_text(report, output.width()).splitlines())

@@ -53,9 +53,9 @@ def rebin(edges: F64, counts: F64, bars: int) -> tuple[F64, F64]:
     Args:
         edges: Ascending [n + 1].
         counts: [n].
-        bars: How many bars; one when the interval has no width.
+        bars: How many bars. Where the interval has no width worth dividing, all is in the middle one.
     """
-    if edges[-1] <= edges[0]:
+    if edges[-1] - edges[0] <= max(1e-300, 1e-12 * float(np.abs(edges[[0, -1]]).max())):
         middle = float(edges[0])
         reach = abs(middle) / 2 or 0.5
         wide = np.linspace(middle - reach, middle + reach, bars + 1)

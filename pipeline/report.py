@@ -285,11 +285,16 @@ def _number(value: float) -> str:
     return f"{value:.6f}" if 1e-3 <= abs(value) < 10 else f"{value:.4g}"
 
 
+def _share(value: float) -> str:
+    small = 0 < value < 5e-4
+    return f"{100 * value:.2g} %" if small else f"{100 * value:.2f} %"
+
+
 _NUMBERS = {
     "number": _number,
     "count": lambda value: f"{value:,.0f}".replace(",", " "),
     "decibel": lambda value: f"{value:.1f}",
-    "share": lambda value: f"{100 * value:.2f} %",
+    "share": _share,
     "ratio": lambda value: f"{value:.2f}x",
     "milliseconds": lambda value: f"{value:.3g}",
     "bytes": _bytes,

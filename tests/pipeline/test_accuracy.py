@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import ml_dtypes
@@ -48,10 +49,11 @@ def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     r = rng.normal(size=(7, 5, 11)).astype(np.float32)
     a = r + rng.normal(scale=0.05, size=r.shape).astype(np.float32)
     whole = _compare([(r, a)], "logits")
-    monkeypatch.setattr(accuracy, "CHUNK", 13)
-    parts = _compare([(r, a)], "logits")
-    for name in ("sqnr_db", "cosine", "mse", "max_abs", "cosine_min", "cosine_mean", "top1", "kld_mean", "kld_median"):
-        assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-12)
+    for chunk in (1, 13, 60):
+        monkeypatch.setattr(accuracy, "CHUNK", chunk)
+        parts = _compare([(r, a)], "logits")
+        for name, value in dataclasses.asdict(whole).items():
+            assert getattr(parts, name) == (value if value is None else pytest.approx(value, rel=1e-12)), name
 
 
 def test_scores_by_hand() -> None:

@@ -1,0 +1,136 @@
+"""Which tensors of a float model and a quantized one belong together, and how to get at them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from .graph import Model
+from .graph.reading import read_proto
+
+FOLDER_KEY = "session.model_external_initializers_file_folder_path"
+
+_PASSED_ON = frozenset({"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "DequantizeLinear"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layer:
+    """A tensor that both models compute.
+
+    Attributes:
+        tensor: Its name in the float model.
+        quantized: Name of the tensor that stands for it in the quantized model: the dequantized one where every
+            reader takes that.
+        node: Name of the node of the float model that computes it.
+        op: That node's operator.
+        before: Names of the nearest tensors before it that both models compute.
+    """
+
+    tensor: str
+    quantized: str
+    node: str
+    op: str
+    before: tuple[str, ...]
+
+
+def common_layers(float_model: Model, quantized: Model) -> list[Layer]:
+    """Return the float tensors that nodes of both main graphs compute under the same name, in topological order."""
+    names = {
+        tensor.name: _as_read(tensor).name
+        for node in quantized.graph.nodes
+        for tensor in node.outputs
+        if _may_be_float(tensor)
+    }
+    common = {
+        tensor.name
+        for node in float_model.graph.nodes
+        for tensor in node.outputs
+        if node.op != "Constant" and tensor.name in names and _may_be_float(tensor)
+    }
+    reach: dict[str, tuple[str, ...]] = {}
+    layers = []
+    for node in float_model.graph.nodes:
+        before = tuple(dict.fromkeys(name for tensor in node.inputs for name in reach.get(tensor.name, ())))
+        for tensor in node.outputs:
+            reach[tensor.name] = (tensor.name,) if tensor.name in common else before
+            if tensor.name in common:
+                stands = names[tensor.name]
+                layers.append(Layer(tensor=tensor.name, quantized=stands, node=node.name, op=node.op, before=before))
+    return layers
+
+
+def _as_read(tensor: gs.Tensor) -> gs.Tensor:
+    """Return the tensor that the readers of ``tensor`` see: behind Q and DQ where there is no other way.
+
+    A Relu can be left to the quantizer behind it, whose lowest code is then 0: before the quantizer the two models
+    do not compute the same.
+    """
+    if not tensor.outputs or any(node.op != "QuantizeLinear" for node in tensor.outputs):
+        return tensor
+    behind = [node for codes in tensor.outputs[0].outputs for node in codes.outputs if node.op == "DequantizeLinear"]
+    return behind[0].outputs[0] if behind else tensor
+
+
+def with_outputs(path: Path, names: Iterable[str]) -> tuple[bytes, dict[str, str]]:
+    """Return the model in ``path`` with further graph outputs, and the session entries that it then needs.
+
+    Its external data stays where it is.
+    """
+    proto = read_proto(path)
+    present = {output.name for output in proto.graph.output}
+    # ONNX Runtime infers the type of an output that has none.
+    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
+    return proto.SerializeToString(), {FOLDER_KEY: str(path.absolute().parent)}
+
+
+def score_outputs(model: Model, named: Sequence[str] = ()) -> Mapping[str, str]:
+    """Return the outputs whose last axis holds scores of classes or tokens: name -> "logits" or "probabilities".
+
+    Those are the outputs of a Softmax or LogSoftmax, of a product with a constant matrix (a bias behind it counts
+    in), and those that are ``named``.
+    """
+    found: dict[str, str] = {}
+    for output in model.graph.outputs:
+        kind = _score_kind(output)
+        if kind is not None or output.name in named:
+            found[output.name] = kind or "logits"
+    return found
+
+
+def _score_kind(output: gs.Tensor) -> str | None:
+    shape = output.shape
+    if not _may_be_float(output) or (shape is not None and (len(shape) < 2 or shape[-1] == 1)):
+        return None
+    node = output.inputs[0] if output.inputs else None
+    while node is not None and node.op in ("Identity", "Cast", "DequantizeLinear", "QuantizeLinear"):
+        node = node.inputs[0].inputs[0] if node.inputs[0].inputs else None
+    if node is None:
+        return None
+    if node.op in ("Softmax", "LogSoftmax"):
+        last = node.attrs.get("axis", -1) in (-1, len(shape) - 1 if shape is not None else -1)
+        return ("probabilities" if node.op == "Softmax" else "logits") if last else None
+    if node.op == "Add":
+        products = [t.inputs[0] for t in node.inputs if t.inputs and t.inputs[0].op == "MatMul"]
+        node = products[0] if len(products) == 1 and any(_is_constant(t) for t in node.inputs) else node
+    return "logits" if node.op in ("MatMul", "Gemm") and _is_constant(node.inputs[1]) else None
+
+
+def _is_constant(tensor: gs.Tensor) -> bool:
+    """Whether a tensor is a constant, perhaps behind operators that only reshape or dequantize it."""
+    while tensor.inputs and tensor.inputs[0].op in _PASSED_ON:
+        tensor = tensor.inputs[0].inputs[0]
+    return isinstance(tensor, gs.Constant) or bool(tensor.inputs and tensor.inputs[0].op == "Constant")
+
+
+def _may_be_float(tensor: gs.Tensor) -> bool:
+    """Whether a tensor holds floating-point numbers, as far as the file says; unknown counts as yes."""
+    if tensor.dtype is None:
+        return bool(tensor.name)
+    if isinstance(tensor.dtype, int):
+        return tensor.dtype in (onnx.TensorProto.BFLOAT16, onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16)
+    return np.dtype(tensor.dtype).name in ("float32", "float16", "float64", "bfloat16")

@@ -1,0 +1,344 @@
+"""Validate: run the float model and the quantized one over data, side by side, and say how far apart they are.
+
+The quantized model runs twice: in *exact* semantics, every operator as ONNX defines it, which judges the model; and
+*as deployed*, with ONNX Runtime's fused integer kernels, which judges model and machine together and is what is timed.
+Polygraphy's comparator streams the batches through all sessions in turn; nothing is kept but sums.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy.typing as npt
+
+from ...calibrate.errors import DataError, ModelError, RecipeError
+from .. import environment
+from ..accuracy import Comparison
+from ..data import InputInfo, conform, inputs_of, samples_in
+from ..graph import Model, load
+from ..inspect import file_bytes
+from ..layers import Layer, common_layers, score_outputs, with_outputs
+from ..qdq_check import check_qdq
+from ..recorder import Recorder
+from ..report import Report
+from ..session import SessionExtras, int8_saturates, make_session, ort_errors, session_facts
+from ..validation import (
+    DEPLOYED,
+    EXACT,
+    FLOAT,
+    SEMANTICS,
+    Accuracies,
+    Thresholds,
+    findings_table,
+    latency_table,
+    layer_charts,
+    layer_rows,
+    layers_table,
+    nan_first,
+    outputs_table,
+    speedup,
+    verdicts,
+)
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Batch = Mapping[str, npt.NDArray[Any]]
+
+LAYERS = "float layers"
+
+KEPT_BATCHES = 4
+"""Batches that are kept for timing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidateOptions:
+    """How to validate.
+
+    Attributes:
+        thresholds: What has to be kept.
+        judge: Semantics that the thresholds apply to: any of `SEMANTICS`.
+        per_layer: Compare inner activations too.
+        logits: Names of outputs that hold scores, beside those that are recognised.
+        device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
+        threads: Threads inside an operator, None for ONNX Runtime's choice.
+        op_libraries: Further custom-op libraries.
+        allow_hardlinks: As for `graph.load`.
+        save_inputs: Where inputs are written in polygraphy's format.
+        save_outputs: Where outputs of ``saved_run`` are written in polygraphy's format.
+        saved_run: ``"deployed"``, ``"exact"`` or ``"float"``.
+        force: Replace existing files.
+        rounds: How often the models are timed, 0 for not at all.
+        progress: Called with the number of samples done.
+    """
+
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    judge: tuple[str, ...] = (EXACT,)
+    per_layer: bool = False
+    logits: tuple[str, ...] = ()
+    device: str = "cpu"
+    threads: int | None = None
+    op_libraries: tuple[Path, ...] = ()
+    allow_hardlinks: bool = False
+    save_inputs: Path | None = None
+    save_outputs: Path | None = None
+    saved_run: str = DEPLOYED
+    force: bool = False
+    rounds: int = 5
+    progress: Callable[[int], None] | None = None
+
+
+DEFAULTS = ValidateOptions()
+
+
+def validate(
+    float_path: Path, quantized_path: Path, batches: Iterable[Batch], options: ValidateOptions = DEFAULTS
+) -> Report:
+    """Compare a quantized model with its float model.
+
+    Args:
+        float_path: The float model.
+        quantized_path: The quantized one; it may take fewer inputs.
+        batches: Inputs by name; sizes may vary. Iterated once.
+        options: How.
+
+    Returns:
+        A report with the tables ``outputs``, ``latency``, and ``layers`` and ``findings`` where there are any;
+        `Report.require` raises when thresholds were not kept.
+
+    Raises:
+        DataError: There are no batches, or they do not fit.
+        ModelError: A model is broken, or the two have no output in common.
+        RecipeError: A threshold, an output or a run was named that does not exist here.
+        EnvironmentError_: ONNX Runtime, a device or a library is missing.
+        WriteError: Inputs or outputs cannot be saved.
+    """
+    pair = _Pair.load(Path(float_path), Path(quantized_path), options)
+    run = _Run(pair, options)
+    with contextlib.ExitStack() as files:
+        run.record(files)
+        run.over(batches)
+    if options.rounds:
+        run.time()
+    return _report(pair, run, options)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Pair:
+    """Both models and what they have in common."""
+
+    paths: Mapping[str, Path]
+    models: Mapping[str, Model]
+    inputs: list[InputInfo]
+    outputs: tuple[str, ...]
+    scores: Mapping[str, str]
+    layers: list[Layer]
+
+    @classmethod
+    def load(cls, float_path: Path, quantized_path: Path, options: ValidateOptions) -> _Pair:
+        first, second = (load(path, allow_hardlinks=options.allow_hardlinks) for path in (float_path, quantized_path))
+        theirs = {tensor.name for tensor in second.graph.outputs}
+        outputs = tuple(tensor.name for tensor in first.graph.outputs if tensor.name in theirs)
+        if not outputs:
+            raise ModelError(
+                "the two models have no output in common",
+                where=f"{float_path} and {quantized_path}",
+                found=", ".join(sorted(theirs)),
+                expected=", ".join(tensor.name for tensor in first.graph.outputs),
+            )
+        unknown = set(options.logits) - set(outputs)
+        if unknown:
+            raise RecipeError(f"no output is called {sorted(unknown)[0]!r}", expected=", ".join(outputs))
+        return cls(
+            paths={FLOAT: float_path, EXACT: quantized_path, DEPLOYED: quantized_path, LAYERS: float_path},
+            models={FLOAT: first, EXACT: second},
+            inputs=inputs_of(first.graph),
+            outputs=outputs,
+            scores=score_outputs(first, options.logits),
+            layers=common_layers(first, second) if options.per_layer else [],
+        )
+
+
+class _Run:
+    """The sessions, and what was gathered from them."""
+
+    def __init__(self, pair: _Pair, options: ValidateOptions) -> None:
+        self._pair, self._options = pair, options
+        self.sessions = {name: self._session(name) for name in self._names()}
+        self.outputs = {
+            (name, semantics): Comparison(pair.scores.get(name)) for name in pair.outputs for semantics in SEMANTICS
+        }
+        self.layers = {layer: Comparison() for layer in pair.layers}
+        self.milliseconds: dict[str, list[float]] = {}
+        self.batches = self.samples = 0
+        self._kept: list[Batch] = []
+        self._inputs: Recorder | None = None
+        self._results: Recorder | None = None
+
+    def record(self, files: contextlib.ExitStack) -> None:
+        """Open the files that were asked for; ``files`` puts them in place in the end."""
+        options = self._options
+        if options.save_inputs is not None:
+            self._inputs = files.enter_context(Recorder(options.save_inputs, force=options.force))
+        if options.save_outputs is not None:
+            recorder = Recorder(options.save_outputs, runner=options.saved_run, force=options.force)
+            self._results = files.enter_context(recorder)
+
+    def over(self, batches: Iterable[Batch]) -> None:
+        """Run all batches through all sessions, in turn."""
+        from polygraphy.backend.onnxrt import OnnxrtRunner
+        from polygraphy.comparator import Comparator
+        from polygraphy.exception import PolygraphyException
+        from polygraphy.logger import G_LOGGER
+
+        runners = [OnnxrtRunner(lambda s=session: s, name=name) for name, session in self.sessions.items()]
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
+            try:
+                for step in Comparator.run(runners, self._fitting(batches), streaming=True):
+                    self._gather({name: results[0] for name, results in step.items()})
+            except (*ort_errors(), PolygraphyException) as error:
+                raise _run_error(error) from error
+        if not self.samples:
+            raise DataError(
+                "the data gave no samples",
+                do="a generator that was iterated before is empty the second time: give a fresh one",
+            )
+
+    def time(self) -> None:
+        """Time float and deployed model on the batches that were kept, in turn; the first round only warms up."""
+        times: dict[str, list[float]] = {FLOAT: [], DEPLOYED: []}
+        for turn in range(self._options.rounds + 1):
+            for name, taken in times.items():
+                session = self.sessions[name]
+                wanted = {entry.name for entry in session.get_inputs()}
+                feeds = [{key: batch[key] for key in wanted} for batch in self._kept]
+                start = time.perf_counter()
+                for feed in feeds:
+                    session.run(None, feed)
+                if turn:
+                    taken.append(1000 * (time.perf_counter() - start) / len(feeds))
+        self.milliseconds = times
+
+    def _names(self) -> tuple[str, ...]:
+        return (FLOAT, EXACT, DEPLOYED, *((LAYERS,) if self._pair.layers else ()))
+
+    def _session(self, name: str) -> onnxruntime.InferenceSession:
+        options, path = self._options, self._pair.paths[name]
+        source: Path | bytes = path
+        config: dict[str, str] = {}
+        if self._pair.layers and name in (EXACT, LAYERS):
+            names = (layer.tensor if name == LAYERS else layer.quantized for layer in self._pair.layers)
+            source, config = with_outputs(path, names)
+        return make_session(
+            source,
+            exact=name in (EXACT, LAYERS),
+            device=options.device,
+            threads=options.threads,
+            extras=SessionExtras(config=config, op_libraries=options.op_libraries),
+        )
+
+    def _fitting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        for given in batches:
+            batch = conform(given, self._pair.inputs)
+            if self.batches == 0:
+                self._check_inputs(batch)
+            if len(self._kept) < KEPT_BATCHES:
+                self._kept.append(batch)
+            if self._inputs is not None:
+                self._inputs.append(batch)
+            yield batch
+            self.batches += 1
+            self.samples += samples_in(batch)
+            if self._options.progress is not None:
+                self._options.progress(self.samples)
+
+    def _check_inputs(self, batch: Batch) -> None:
+        for entry in self.sessions[EXACT].get_inputs():
+            if entry.name not in batch:
+                raise ModelError(
+                    f"the quantized model has an input {entry.name!r} that the float model has not",
+                    where=str(self._pair.paths[EXACT]),
+                    expected=", ".join(batch),
+                )
+
+    def _gather(self, results: Mapping[str, Any]) -> None:
+        for (name, semantics), comparison in self.outputs.items():
+            comparison.update(results[FLOAT][name], results[semantics][name])
+        for layer, comparison in self.layers.items():
+            comparison.update(results[LAYERS][layer.tensor], results[EXACT][layer.quantized])
+        if self._results is not None:
+            saved = results[self._options.saved_run]
+            self._results.append({name: saved[name] for name in self._pair.outputs})
+
+
+def _run_error(error: Exception) -> DataError:
+    return DataError("a model cannot run this data", found=str(error), do="look at both models with qpipe inspect")
+
+
+def _report(pair: _Pair, run: _Run, options: ValidateOptions) -> Report:
+    accuracies = {key: comparison.result() for key, comparison in run.outputs.items()}
+    layers = layer_rows({layer: comparison.result() for layer, comparison in run.layers.items()})
+    findings = check_qdq(pair.models[EXACT])
+    tables = [outputs_table(accuracies)]
+    if run.milliseconds:
+        tables.append(latency_table(run.milliseconds))
+    if options.per_layer:
+        tables.append(layers_table(layers))
+    if findings:
+        tables.append(findings_table([finding.to_dict() for finding in findings]))
+    return Report(
+        kind="validate",
+        title=f"{pair.paths[FLOAT].name} against {pair.paths[EXACT].name}",
+        totals=_totals(pair, run, accuracies),
+        tables=tuple(tables),
+        charts=layer_charts(layers),
+        verdicts=tuple(verdicts(accuracies, options.thresholds, options.judge)),
+        notes=tuple(_notes(pair, accuracies)),
+        environment={
+            **environment.brief(),
+            "sessions": {name: session_facts(session) for name, session in run.sessions.items()},
+        },
+        recipe=_recipe(pair.models[EXACT].metadata),
+    )
+
+
+def _totals(pair: _Pair, run: _Run, accuracies: Accuracies) -> dict[str, Any]:
+    sizes = {name: file_bytes(pair.models[name]) for name in (FLOAT, EXACT)}
+    exact = [accuracy for (_, semantics), accuracy in accuracies.items() if semantics == EXACT]
+    return {
+        "samples": run.samples,
+        "batches": run.batches,
+        "float_bytes": sizes[FLOAT],
+        "quantized_bytes": sizes[EXACT],
+        "size_ratio": sizes[FLOAT] / sizes[EXACT],
+        "speedup_ratio": speedup(run.milliseconds) if run.milliseconds else None,
+        "worst_sqnr_db": min((a.sqnr_db for a in exact), key=nan_first),
+        "worst_cosine": min((a.cosine for a in exact), key=nan_first),
+    }
+
+
+def _notes(pair: _Pair, accuracies: Accuracies) -> Iterator[str]:
+    quantized = pair.models[EXACT]
+    if int8_saturates() and any(node.op == "QuantizeLinear" for node in quantized.graph.nodes):
+        yield "this CPU has no VNNI: fused int8 kernels clip sums, so the deployed figures hold for such CPUs only"
+    if quantized.metadata.get("qpipe.calibration") == "random":
+        yield "the quantized model was calibrated with random data: its ranges say nothing about real inputs"
+    for (name, semantics), accuracy in accuracies.items():
+        if accuracy.nonfinite:
+            yield f"output {name}, {semantics}: {accuracy.nonfinite} values are not finite where the float model's are"
+        if accuracy.mismatched:
+            yield f"output {name}, {semantics}: {accuracy.mismatched} batches gave another shape and were not compared"
+
+
+def _recipe(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the model says about how it was made: its metadata under ``qpipe.``."""
+    own = {key.removeprefix("qpipe."): value for key, value in metadata.items() if key.startswith("qpipe.")}
+    with contextlib.suppress(KeyError, json.JSONDecodeError):
+        own["recipe"] = json.loads(own["recipe"])
+    return own

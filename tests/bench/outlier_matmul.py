@@ -4,6 +4,8 @@
 
 Every cell is a ratio of times, float32 MatMul = 1.0, larger is faster. The candidates of one cell are timed in turn,
 round after round, so that a change of clock speed or a neighbour's load falls on all of them; a cell is the median.
+Small products stand several times in one graph, each with weights of its own: one call of a session from Python costs
+as much as one of them.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import helper, numpy_helper
-
 from qpipe import plugins
 from qpipe.plugins.outlier_matmul.op import DOMAIN, OP_TYPE, pack
 
@@ -28,6 +29,7 @@ ROWS = (1, 8, 64, 512)
 OUTLIERS = (0, 8, 64)
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 SECONDS_PER_CELL = 2.0
+COPIES_UP_TO_BYTES = 64 << 20  # of float32 weights
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,19 @@ class Candidate:
         return clock() - start
 
 
-def session(nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray], inputs: int, threads: int) -> ort.InferenceSession:
-    initializers = [numpy_helper.from_array(value, name) for name, value in constants.items()]
+Node = tuple[str, str, dict[str, np.ndarray]]
+
+
+def session(copies: list[Node], inputs: int, threads: int) -> ort.InferenceSession:
+    """Open a session on a graph that applies each (operator, domain, constants) to the same x."""
+    nodes, initializers, results = [], [], []
+    for number, (op_type, domain, constants) in enumerate(copies):
+        names = {name: f"{name}_{number}" for name in constants}
+        initializers += [numpy_helper.from_array(value, names[name]) for name, value in constants.items()]
+        results.append(helper.make_tensor_value_info(f"y_{number}", onnx.TensorProto.FLOAT, None))
+        nodes.append(helper.make_node(op_type, ["x", *names.values()], [f"y_{number}"], domain=domain))
     x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["M", inputs])
-    y = helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, None)
-    graph = helper.make_graph(nodes, "bench", [x], [y], initializers)
+    graph = helper.make_graph(nodes, "bench", [x], results, initializers)
     imports = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1), helper.make_opsetid(DOMAIN, 1)]
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -55,20 +65,24 @@ def session(nodes: list[onnx.NodeProto], constants: dict[str, np.ndarray], input
 
 
 def candidates(inputs: int, outputs: int, threads: int) -> list[Candidate]:
+    count = max(1, min(8, COPIES_UP_TO_BYTES // (inputs * outputs * 4)))
     rng = np.random.default_rng(0)
-    w = rng.standard_normal((outputs, inputs), dtype=np.float32) / np.float32(np.sqrt(inputs))
-    made = [
-        Candidate("MatMul", session([helper.make_node("MatMul", ["x", "w"], ["y"])], {"w": w.T.copy()}, inputs, threads))
-    ]
-    plain = pack(w, [], np.float32)
-    dynamic = helper.make_node("DynamicQuantizeMatMul", ["x", "w", "s"], ["y"], domain="com.microsoft")
-    columns = {"w": plain.w_q[:, :inputs].T.copy(), "s": plain.w_scale}
-    made.append(Candidate("DynamicQuantize", session([dynamic], columns, inputs, threads)))
-    for count in OUTLIERS:
-        packed = pack(w, np.linspace(0, inputs - 1, count).astype(int), np.float32).inputs()
-        node = helper.make_node(OP_TYPE, ["x", *packed], ["y"], domain=DOMAIN)
-        made.append(Candidate(f"O={count}", session([node], packed, inputs, threads)))
-    return made
+    scale = np.float32(1 / np.sqrt(inputs))
+    weights = [rng.standard_normal((outputs, inputs), dtype=np.float32) * scale for _ in range(count)]
+    copies: dict[str, list[Node]] = {
+        "MatMul": [("MatMul", "", {"w": w.T.copy()}) for w in weights],
+        "DynamicQuantize": [dynamic_quantize(w) for w in weights],
+    }
+    for outliers in OUTLIERS:
+        index = np.linspace(0, inputs - 1, outliers).astype(int)
+        copies[f"O={outliers}"] = [(OP_TYPE, DOMAIN, pack(w, index, np.float32).inputs()) for w in weights]
+    return [Candidate(name, session(nodes, inputs, threads)) for name, nodes in copies.items()]
+
+
+def dynamic_quantize(w: np.ndarray) -> Node:
+    packed = pack(w, [], np.float32)
+    constants = {"w": packed.w_q[:, : w.shape[1]].T.copy(), "s": packed.w_scale}
+    return "DynamicQuantizeMatMul", "com.microsoft", constants
 
 
 def measure(items: list[Candidate], rows: int, inputs: int, clock: Callable[[], float]) -> dict[str, float]:
@@ -115,10 +129,14 @@ def report(cell: dict, *, first: bool) -> None:
     micros = cell["microseconds"]
     names = list(micros)[1:]
     if first:
-        print(f"{'K x N':>12} {'M':>4} {'MatMul us':>10}  " + "".join(f"{name:>16}" for name in names) + "   O=64 / O=0")
+        print(
+            f"{'K x N':>12} {'M':>4} {'MatMul us':>10}  " + "".join(f"{name:>16}" for name in names) + "   O=64 / O=0"
+        )
     ratios = "".join(f"{micros['MatMul'] / micros[name]:16.2f}" for name in names)
     cost = micros["O=64"] / micros["O=0"]
-    print(f"{cell['K']:>5} x {cell['N']:>4} {cell['M']:>4} {micros['MatMul']:10.0f}  {ratios}   {cost:10.2f}", flush=True)
+    print(
+        f"{cell['K']:>5} x {cell['N']:>4} {cell['M']:>4} {micros['MatMul']:10.0f}  {ratios}   {cost:10.2f}", flush=True
+    )
 
 
 if __name__ == "__main__":

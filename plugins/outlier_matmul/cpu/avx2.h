@@ -109,9 +109,9 @@ void finish_block(const EpilogueTask& task, int64_t m, int64_t n) {
         value[r] = _mm256_fmadd_ps(scaled, _mm256_loadu_ps(task.w_scale + n), _mm256_loadu_ps(task.bias + n));
     }
     const float* x_outlier = task.x_outlier + m * task.outliers;
-    const float* w_outlier = task.w_outlier + n;
+    const float* w_outlier = task.w_outlier + n * task.outliers;
     for (int64_t o = 0; o < task.outliers; ++o) {
-        const __m256 w = _mm256_loadu_ps(w_outlier + o * task.w_outlier_stride);
+        const __m256 w = _mm256_loadu_ps(w_outlier + o * 8);
         for (int r = 0; r < Rows; ++r) {
             value[r] = _mm256_fmadd_ps(_mm256_broadcast_ss(x_outlier + r * task.outliers + o), w, value[r]);
         }

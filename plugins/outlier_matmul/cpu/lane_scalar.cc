@@ -64,7 +64,7 @@ void epilogue(const EpilogueTask& task) {
         for (int64_t n = 0; n < task.columns; ++n) {
             float value = static_cast<float>(task.sums[m * task.sums_stride + n]) * task.x_scale[m] * task.w_scale[n];
             for (int64_t o = 0; o < task.outliers; ++o) {
-                value += x_outlier[o] * task.w_outlier[o * task.w_outlier_stride + n];
+                value += x_outlier[o] * task.w_outlier[(n / 8 * task.outliers + o) * 8 + n % 8];
             }
             store(value + task.bias[n], y + n);
         }
@@ -76,7 +76,10 @@ constexpr Lane kLane{"scalar",
                      {widen_float, widen_words<half_to_float>, widen_words<bfloat_to_float>},
                      amax_bits,
                      encode,
+                     /*encode_wide=*/nullptr,
                      dot,
+                     /*make_strip=*/nullptr,
+                     /*dot_strip=*/nullptr,
                      {epilogue<float>, epilogue<Word<float_to_half>>, epilogue<Word<float_to_bfloat>>}};
 
 }  // namespace

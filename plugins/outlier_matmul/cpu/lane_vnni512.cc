@@ -26,7 +26,10 @@ constexpr Lane kLane{"avx512vnni",
                      {widen_float, widen_half, widen_bfloat},
                      amax_bits,
                      encode<true>,
+                     /*encode_wide=*/nullptr,
                      offset_dot<Vector>,
+                     /*make_strip=*/nullptr,
+                     /*dot_strip=*/nullptr,
                      {epilogue<Float32>, epilogue<Float16>, epilogue<BFloat16>}};
 
 }  // namespace

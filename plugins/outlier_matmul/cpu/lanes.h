@@ -23,6 +23,20 @@ struct DotTask {
     int64_t sums_stride;
 };
 
+// A strip is 16 columns of w, rearranged so that a vector holds the same two inputs of eight columns:
+// int16 [inputs / 2][16][2]. Its product needs no sums across a vector.
+constexpr int64_t kStripColumns = 16;
+
+struct StripTask {
+    const int16_t* q;  // [rows, inputs]
+    int64_t q_stride;
+    int64_t rows;
+    const int16_t* strip;
+    int64_t inputs;   // multiple of 16
+    int32_t* sums;    // [rows, 16]
+    bool accumulate;  // add to sums
+};
+
 // From sums to y. All arrays over columns are readable up to the next multiple of 8.
 struct EpilogueTask {
     const int32_t* sums;
@@ -33,8 +47,7 @@ struct EpilogueTask {
     const float* w_scale;        // [columns]
     const float* bias;           // [columns]
     const float* x_outlier;      // [rows, outliers]
-    const float* w_outlier;      // [outliers, columns], row stride w_outlier_stride
-    int64_t w_outlier_stride;
+    const float* w_outlier;      // [blocks of 8 columns][outliers][8]
     int64_t outliers;
     void* y;  // [rows, columns], row stride y_stride, in elements of the lane function's type
     int64_t y_stride;
@@ -49,7 +62,12 @@ struct Lane {
     uint32_t (*amax_bits)(const float* x, int64_t count);
     // clip(rint(x * inverse), -127, 127); rint rounds half to even. Offset lanes store code + 128.
     void (*encode)(const float* x, int64_t count, float inverse, int8_t* q);
+    // The same as int16; null in a lane that does not rearrange weights.
+    void (*encode_wide)(const float* x, int64_t count, float inverse, int16_t* q);
     void (*dot)(const DotTask& task);
+    // Rearrange w [columns <= 16, inputs]; columns beyond repeat the last one.
+    void (*make_strip)(const int8_t* w, int64_t w_stride, int64_t columns, int64_t inputs, int16_t* strip);
+    void (*dot_strip)(const StripTask& task);
     void (*epilogue[kElementTypes])(const EpilogueTask& task);
 };
 

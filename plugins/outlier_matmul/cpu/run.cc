@@ -8,10 +8,13 @@
 namespace qpipe::outlier_matmul {
 namespace {
 
-constexpr int64_t kPanelBytes = 192 * 1024;  // of w_q per tile: stays in the second-level cache while X passes by
-constexpr int64_t kMaxPanel = 128;
-constexpr int64_t kTileRows = 32;   // sums of a tile: at most 32 x 128 x 4 = 16 KiB
-constexpr int64_t kChunkRows = 64;  // rows per parallel task
+constexpr int64_t kDirectBytes = 192 * 1024;  // of w_q per task: stays in the second-level cache while X passes by
+constexpr int64_t kDirectColumns = 128;
+constexpr int64_t kDirectRows = 32;      // sums of a tile: at most 32 x 128 x 4 = 16 KiB
+constexpr int64_t kFewRows = 24;         // up to here rearranging the weights does not pay
+constexpr int64_t kStripTaskColumns = 64;
+constexpr int64_t kStripRows = 256;    // sums: 256 x 16 x 4 = 16 KiB
+constexpr int64_t kStripInputs = 512;  // weights: 16 x 512 x 2 = 16 KiB
 constexpr int64_t kQuantizeElements = 16 * 1024;  // per parallel task
 constexpr int64_t kMaxQuantizeTasks = 64;
 constexpr int64_t kSerialWork = 64 * 1024;  // multiply-adds below which waking threads costs more than it gains
@@ -55,7 +58,7 @@ Weights prepare(const Tensor (&in)[6], const Extents& extents, ElementType type,
         const size_t start = static_cast<size_t>(n * extents.outliers_padded) * element_size(type);
         lane.widen[type](w_outlier + start, outliers, row.data());
         for (int64_t o = 0; o < outliers; ++o) {
-            weights.w_outlier[static_cast<size_t>(o * weights.stride + n)] = row[static_cast<size_t>(o)];
+            weights.w_outlier[static_cast<size_t>((n / 8 * outliers + o) * 8 + n % 8)] = row[static_cast<size_t>(o)];
         }
     }
     if (lane.offset_codes) {
@@ -78,23 +81,35 @@ int64_t Run::quantize_tasks() const {
     return std::clamp(divide_up(elements, kQuantizeElements), int64_t{1}, std::min(extents.rows, kMaxQuantizeTasks));
 }
 
-int64_t Run::panel() const {
-    const int64_t fitting = kPanelBytes / std::max<int64_t>(extents.inputs_padded, 1) / 8 * 8;
-    return std::clamp<int64_t>(fitting, 16, kMaxPanel);
+bool Run::uses_strips() const { return lane.dot_strip != nullptr && extents.rows > kFewRows; }
+
+int64_t Run::task_columns() const {
+    if (uses_strips()) return kStripTaskColumns;
+    const int64_t fitting = kDirectBytes / std::max<int64_t>(extents.inputs_padded, 1) / 8 * 8;
+    return std::clamp<int64_t>(fitting, 16, kDirectColumns);
 }
 
-int64_t Run::panels() const { return divide_up(extents.outputs, panel()); }
-int64_t Run::chunks() const { return divide_up(extents.rows, kChunkRows); }
+int64_t Run::task_rows() const { return uses_strips() ? kStripRows : 2 * kDirectRows; }
+int64_t Run::column_tasks() const { return divide_up(extents.outputs, task_columns()); }
+int64_t Run::row_tasks() const { return divide_up(extents.rows, task_rows()); }
+
+void Run::encode(const float* row, float inverse, char* codes) const {
+    if (uses_strips()) {
+        lane.encode_wide(row, extents.inputs, inverse, reinterpret_cast<int16_t*>(codes));
+    } else {
+        lane.encode(row, extents.inputs, inverse, reinterpret_cast<int8_t*>(codes));
+    }
+}
 
 size_t Run::scratch_bytes() const {
-    return 64 + aligned(extents.rows * q_stride()) + aligned(extents.rows * 4) +
+    return 64 + aligned(extents.rows * q_stride() * code_bytes()) + aligned(extents.rows * 4) +
            aligned(extents.rows * extents.outliers * 4) + aligned(quantize_tasks() * extents.inputs * 4);
 }
 
 void Run::use_scratch(void* scratch) {
     auto* next = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(scratch) + 63) / 64 * 64);
-    q = reinterpret_cast<int8_t*>(next);
-    next += aligned(extents.rows * q_stride());
+    q = next;
+    next += aligned(extents.rows * q_stride() * code_bytes());
     x_scale = reinterpret_cast<float*>(next);
     next += aligned(extents.rows * 4);
     x_outlier = reinterpret_cast<float*>(next);
@@ -109,7 +124,7 @@ OrtStatus* Run::execute(const OrtKernelContext* context) {
     const auto multiply = [](void* run, size_t task) { static_cast<Run*>(run)->multiply_task(task); };
     const size_t quantizing = static_cast<size_t>(quantize_tasks());
     QPIPE_RETURN_IF(parallel(context, elements < kQuantizeElements, quantizing, quantize, this));
-    const size_t multiplying = static_cast<size_t>(panels() * chunks());
+    const size_t multiplying = static_cast<size_t>(column_tasks() * row_tasks());
     return parallel(context, elements * extents.outputs < kSerialWork, multiplying, multiply, this);
 }
 
@@ -129,16 +144,17 @@ void Run::quantize_row(int64_t m, float* row) {
         value = 0.0f;
     }
     const uint32_t bits = lane.amax_bits(row, inputs);
-    int8_t* codes = q + m * q_stride();
-    std::memset(codes + inputs, 0, static_cast<size_t>(extents.inputs_padded - inputs));
+    char* codes = q + m * q_stride() * code_bytes();
+    std::memset(codes + inputs * code_bytes(), 0,
+                static_cast<size_t>((extents.inputs_padded - inputs) * code_bytes()));
     if (limit > 0 && from_bits(bits) > limit) {
         x_scale[m] = quantize_with_new_outliers(m, row, bits);
     } else {
         x_scale[m] = std::max(from_bits(bits) / kOneDigit, kSmallestScale);
-        if (bits < kInfinityBits) lane.encode(row, inputs, 1.0f / x_scale[m], codes);
+        if (bits < kInfinityBits) encode(row, 1.0f / x_scale[m], codes);
     }
     if (bits >= kInfinityBits) {
-        std::memset(codes, 0, static_cast<size_t>(inputs));
+        std::memset(codes, 0, static_cast<size_t>(inputs * code_bytes()));
         x_scale[m] = std::numeric_limits<float>::quiet_NaN();
     }
 }
@@ -158,10 +174,10 @@ float Run::quantize_with_new_outliers(int64_t m, float* row, uint32_t amax_bits)
     new_outliers += met;
     if (amax_bits >= kInfinityBits) return 0.0f;
     const float largest = from_bits(amax_bits);
-    int8_t* codes = q + m * q_stride();
+    char* codes = q + m * q_stride() * code_bytes();
     if (met > kMaxNewOutliers) {
         const float scale = std::max(largest / kOneDigit, kSmallestScale);
-        lane.encode(row, extents.inputs, 1.0f / scale, codes);
+        encode(row, 1.0f / scale, codes);
         return scale;
     }
     const float scale = std::max({regular / kOneDigit, largest / kTwoDigits, kSmallestScale});
@@ -175,26 +191,50 @@ float Run::quantize_with_new_outliers(int64_t m, float* row, uint32_t amax_bits)
         // The low digit, -64..64, takes the value's place; scaled so that encoding gives exactly this digit.
         row[k] = (code - 128.0f * high) * scale;
     }
-    lane.encode(row, extents.inputs, inverse, codes);
+    encode(row, inverse, codes);
     return scale;
 }
 
 void Run::multiply_task(size_t task) {
     const int64_t index = static_cast<int64_t>(task);
-    const int64_t n0 = index / chunks() * panel(), columns = std::min(panel(), extents.outputs - n0);
-    const int64_t first = index % chunks() * kChunkRows, last = std::min(first + kChunkRows, extents.rows);
-    alignas(64) int32_t sums[kTileRows * kMaxPanel];
-    for (int64_t m0 = first; m0 < last; m0 += kTileRows) {
-        const int64_t rows = std::min(kTileRows, last - m0);
-        const int32_t* column_sum = lane.offset_codes ? weights.column_sum.data() + n0 : nullptr;
-        lane.dot({q + m0 * q_stride(), q_stride(), rows, w_q + n0 * extents.inputs_padded, columns,
-                  extents.inputs_padded, column_sum, sums, kMaxPanel});
-        for (int64_t m = 0; m < rows && limit > 0; ++m) add_high_digits(m0 + m, n0, columns, sums + m * kMaxPanel);
-        char* target = static_cast<char*>(y) + static_cast<size_t>(m0 * extents.outputs + n0) * element_size(type);
-        lane.epilogue[type]({sums, kMaxPanel, rows, columns, x_scale + m0, weights.w_scale.data() + n0, bias + n0,
-                             x_outlier + m0 * extents.outliers, weights.w_outlier.data() + n0, weights.stride,
-                             extents.outliers, target, extents.outputs});
+    const int64_t n0 = index / row_tasks() * task_columns(), m0 = index % row_tasks() * task_rows();
+    const int64_t columns = std::min(task_columns(), extents.outputs - n0);
+    const int64_t rows = std::min(task_rows(), extents.rows - m0);
+    uses_strips() ? multiply_strips(m0, rows, n0, columns) : multiply_direct(m0, rows, n0, columns);
+}
+
+void Run::multiply_direct(int64_t m0, int64_t rows, int64_t n0, int64_t columns) {
+    alignas(64) int32_t sums[kDirectRows * kDirectColumns];
+    const int32_t* column_sum = lane.offset_codes ? weights.column_sum.data() + n0 : nullptr;
+    for (int64_t m = m0; m < m0 + rows; m += kDirectRows) {
+        const int64_t part = std::min(kDirectRows, m0 + rows - m);
+        lane.dot({reinterpret_cast<const int8_t*>(q) + m * q_stride(), q_stride(), part,
+                  w_q + n0 * extents.inputs_padded, columns, extents.inputs_padded, column_sum, sums, kDirectColumns});
+        finish(m, part, n0, columns, sums, kDirectColumns);
     }
+}
+
+void Run::multiply_strips(int64_t m0, int64_t rows, int64_t n0, int64_t columns) {
+    alignas(64) int16_t strip[kStripColumns * kStripInputs];
+    alignas(64) int32_t sums[kStripRows * kStripColumns];
+    const auto* codes = reinterpret_cast<const int16_t*>(q) + m0 * q_stride();
+    for (int64_t n = n0; n < n0 + columns; n += kStripColumns) {
+        const int64_t part = std::min(kStripColumns, n0 + columns - n);
+        for (int64_t k = 0; k < extents.inputs_padded; k += kStripInputs) {
+            const int64_t inputs = std::min(kStripInputs, extents.inputs_padded - k);
+            lane.make_strip(w_q + n * extents.inputs_padded + k, extents.inputs_padded, part, inputs, strip);
+            lane.dot_strip({codes + k, q_stride(), rows, strip, inputs, sums, k > 0});
+        }
+        finish(m0, rows, n, part, sums, kStripColumns);
+    }
+}
+
+void Run::finish(int64_t m0, int64_t rows, int64_t n0, int64_t columns, int32_t* sums, int64_t sums_stride) {
+    for (int64_t m = 0; m < rows && limit > 0; ++m) add_high_digits(m0 + m, n0, columns, sums + m * sums_stride);
+    char* target = static_cast<char*>(y) + static_cast<size_t>(m0 * extents.outputs + n0) * element_size(type);
+    lane.epilogue[type]({sums, sums_stride, rows, columns, x_scale + m0, weights.w_scale.data() + n0, bias + n0,
+                         x_outlier + m0 * extents.outliers, weights.w_outlier.data() + n0 * extents.outliers,
+                         extents.outliers, target, extents.outputs});
 }
 
 void Run::add_high_digits(int64_t m, int64_t n0, int64_t columns, int32_t* sums) const {

@@ -15,7 +15,7 @@ namespace qpipe::outlier_matmul {
 struct Weights {
     std::vector<int32_t> outlier_index;  // [O]
     std::vector<float> w_scale;          // [N]
-    std::vector<float> w_outlier;        // [O, N]: transposed, float32
+    std::vector<float> w_outlier;        // [blocks of 8 columns][O][8], float32
     std::vector<float> no_bias;          // [N] zeros
     std::vector<int32_t> column_sum;     // [N], only for lanes with offset codes
     int64_t stride = 0;                  // N padded
@@ -45,7 +45,7 @@ struct Run {
     void* y;
 
     // Scratch, laid out by `scratch_bytes` and `use_scratch`.
-    int8_t* q = nullptr;           // [M, q_stride]
+    char* q = nullptr;             // codes [M, q_stride]: int8, or int16 for strips
     float* x_scale = nullptr;      // [M]
     float* x_outlier = nullptr;    // [M, O]
     float* row_buffer = nullptr;   // [quantize tasks, K]
@@ -60,13 +60,20 @@ struct Run {
   private:
     int64_t q_stride() const;
     int64_t quantize_tasks() const;
-    int64_t panel() const;
-    int64_t panels() const;
-    int64_t chunks() const;
+    bool uses_strips() const;
+    int64_t code_bytes() const { return uses_strips() ? 2 : 1; }
+    int64_t task_columns() const;
+    int64_t task_rows() const;
+    int64_t column_tasks() const;
+    int64_t row_tasks() const;
+    void encode(const float* row, float inverse, char* codes) const;
     void quantize_task(size_t task);
     void quantize_row(int64_t m, float* buffer);
     float quantize_with_new_outliers(int64_t m, float* row, uint32_t amax_bits);
     void multiply_task(size_t task);
+    void multiply_direct(int64_t m0, int64_t rows, int64_t n0, int64_t columns);
+    void multiply_strips(int64_t m0, int64_t rows, int64_t n0, int64_t columns);
+    void finish(int64_t m0, int64_t rows, int64_t n0, int64_t columns, int32_t* sums, int64_t sums_stride);
     void add_high_digits(int64_t m, int64_t n0, int64_t columns, int32_t* sums) const;
 };
 

@@ -139,6 +139,7 @@ class Feed:
         self._inputs = list(inputs)
         self._options = options or FeedOptions()
         fixed = {info.batch for info in inputs if info.batch is not None}
+        self._whole = bool(fixed)
         self._fixed = fixed.pop() if len(fixed) == 1 else None
         self._warn = warn
         self._said: set[str] = set()
@@ -148,7 +149,7 @@ class Feed:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield the batches."""
-        for batch in take(self._conformed(), self._options.samples, whole=self._fixed is not None):
+        for batch in take(self._conformed(), self._options.samples, whole=self._whole):
             self.batches += 1
             self.fingerprint.update(batch)
             yield batch

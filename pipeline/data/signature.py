@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from ...calibrate.errors import DataError
+from ...calibrate.errors import DataError, UnsupportedError
 
 Array = npt.NDArray[Any]
 Batch = dict[str, Array]
@@ -47,15 +47,24 @@ class InputInfo:
 
 
 def inputs_of(graph: Any) -> list[InputInfo]:
-    """Return the inputs of a graphsurgeon graph."""
-    return [
-        InputInfo(
-            name=tensor.name,
-            dtype=np.dtype(tensor.dtype),
-            shape=None if tensor.shape is None else tuple(tensor.shape),
+    """Return the inputs of a graphsurgeon graph.
+
+    Raises:
+        UnsupportedError: An input is no tensor (a sequence, an optional), or has no type.
+    """
+    return [_input(tensor) for tensor in graph.inputs]
+
+
+def _input(tensor: Any) -> InputInfo:
+    if tensor.dtype is None:
+        raise UnsupportedError(
+            f"input {tensor.name!r} is no tensor of a known type",
+            found=str(tensor.type),
+            expected="tensors",
+            do="export the model with tensors as inputs",
         )
-        for tensor in graph.inputs
-    ]
+    shape = None if tensor.shape is None else tuple(tensor.shape)
+    return InputInfo(name=tensor.name, dtype=np.dtype(tensor.dtype), shape=shape)
 
 
 def to_array(value: Any) -> Array:

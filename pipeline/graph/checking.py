@@ -11,7 +11,7 @@ from onnx import TensorProto
 from ...calibrate.errors import ModelError
 from .exporter import skeleton
 from .model import Model
-from .protos import all_tensors, byte_size
+from .protos import all_tensors, byte_size, without_weights
 from .queries import all_graphs
 
 _CONTEXT = re.compile(r"\s*==> Context: ")
@@ -58,7 +58,7 @@ def check_proto(proto: onnx.ModelProto, *, where: str, after: str = "loading") -
     for tensor in all_tensors(proto):
         check_tensor(tensor, where=where)
     try:
-        onnx.checker.check_model(proto)
+        onnx.checker.check_model(without_weights(proto))
     except onnx.checker.ValidationError as error:
         reason, *contexts = _CONTEXT.split(" ".join(str(error).split()))
         node = _NODE.search(str(error).replace("\n", ""))

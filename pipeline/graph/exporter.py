@@ -108,6 +108,7 @@ class _GraphExporter:
         for tensor in local:
             if isinstance(tensor._values, SparseValues):
                 proto.sparse_initializer.append(tensor._values.tensor)
+                proto.sparse_initializer[-1].values.name = tensor.name
             else:
                 proto.initializer.append(self._tensor(tensor))
         proto.input.extend(value_info(tensor) for tensor in graph.inputs)

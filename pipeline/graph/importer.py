@@ -7,14 +7,11 @@ inputs with default values and for some kinds of attributes. Each such rest is k
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 import onnx
 import onnx_graphsurgeon as gs
-from google.protobuf.message import Message
 from onnx import AttributeProto, GraphProto, NodeProto, ValueInfoProto
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 from onnx_graphsurgeon.logger import G_LOGGER
@@ -23,10 +20,8 @@ from ...calibrate.errors import ModelError
 from .constants import Values
 from .exporter import schema_type, skeleton
 from .model import Model
-from .protos import keyed_tensors, location_of, numpy_type
+from .protos import keyed_tensors, location_of, numpy_type, without
 from .queries import STANDARD_DOMAINS, all_graphs, constants
-
-_M = TypeVar("_M", bound=Message)
 
 _PLAIN = {
     AttributeProto.FLOAT,
@@ -60,13 +55,18 @@ def from_proto(proto: onnx.ModelProto) -> Model:
             expected="a model that is in memory as a whole",
             do="give the path of the model file instead of the protobuf message",
         )
-    return adopt(_copy(proto), None, {})
+    return adopt(without(proto), None, {})
 
 
 def clone(model: Model) -> Model:
-    """Return an independent copy of a model's graph; weights are shared, they are never written to."""
+    """Return an independent copy of a model; weights are shared, they are never written to."""
     built = skeleton(model)
-    return adopt(built.proto, model.path, built.weights)
+    copy = adopt(built.proto, model.path, built.weights)
+    for old, new in zip(all_graphs(model.graph), all_graphs(copy.graph), strict=True):
+        for old_node, new_node in zip(old.nodes, new.nodes, strict=True):
+            new_node.name = old_node.name
+            new_node.origin = vars(old_node).get("origin") or new_node.origin
+    return copy
 
 
 def adopt(proto: onnx.ModelProto, path: Path | None, weights: dict[str, Values]) -> Model:
@@ -77,8 +77,8 @@ def adopt(proto: onnx.ModelProto, path: Path | None, weights: dict[str, Values])
         path: File it was read from.
         weights: The values of tensors with external data, by the key that stands in their ``location``.
     """
-    functions = [_copy(function) for function in proto.functions]
-    shell = _rest(proto, {"graph", "functions", "ir_version", "opset_import", "metadata_props"})
+    functions = [without(function) for function in proto.functions]
+    shell = without(proto, "graph", "functions", "ir_version", "opset_import", "metadata_props")
     hidden = _hide_attributes(proto.graph)
     del proto.functions[:]
     # Its warnings are about types that it cannot hold; they are held here.
@@ -99,25 +99,6 @@ def adopt(proto: onnx.ModelProto, path: Path | None, weights: dict[str, Values])
         shell=shell,
         weights=weights,
     )
-
-
-def _copy(message: _M) -> _M:
-    copy = type(message)()
-    copy.CopyFrom(message)
-    return copy
-
-
-def _rest(message: _M, known: set[str]) -> _M:
-    """Return a copy of a message without the fields in ``known``."""
-    rest = type(message)()
-    for descriptor, value in message.ListFields():
-        if descriptor.name in known:
-            continue
-        if (descriptor.message_type is None and not isinstance(value, Sequence)) or isinstance(value, str | bytes):
-            setattr(rest, descriptor.name, value)
-        else:
-            getattr(rest, descriptor.name).MergeFrom(value)
-    return rest
 
 
 def _is_plain(attribute: AttributeProto, node: NodeProto) -> bool:
@@ -154,7 +135,7 @@ def _hide_attributes(graph: GraphProto) -> dict[str, AttributeProto]:
                         stack.append(attribute.g)
                     continue
                 mark = f"{_MARK}{len(hidden)}"
-                kept = hidden[mark] = _copy(attribute)
+                kept = hidden[mark] = without(attribute)
                 attribute.Clear()
                 attribute.name, attribute.type, attribute.s = kept.name, AttributeProto.STRING, mark.encode()
     return hidden
@@ -182,7 +163,7 @@ def _complete(proto: GraphProto, graph: gs.Graph, hidden: dict[str, AttributePro
 
 
 def _complete_node(proto: NodeProto, node: gs.Node) -> None:
-    rest = _rest(proto, {"input", "output", "attribute", "op_type", "domain"})
+    rest = without(proto, "input", "output", "attribute", "op_type", "domain")
     node.origin = NodeOrigin(node.name, rest)
 
 
@@ -193,7 +174,7 @@ def _complete_variable(proto: ValueInfoProto, variable: gs.Variable) -> None:
         variable.dtype = None
     elif not (proto.doc_string or proto.metadata_props or proto.type.denotation or _has_denotation(proto)):
         return
-    variable.origin = _copy(proto)
+    variable.origin = without(proto)
 
 
 def _has_denotation(proto: ValueInfoProto) -> bool:

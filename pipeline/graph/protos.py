@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import onnx
+from google.protobuf.message import Message
 from onnx import TensorProto, numpy_helper
 
 Array = npt.NDArray[Any]
+M = TypeVar("M", bound=Message)
 
 MAX_PROTO = 2**31 - 1
 """Largest serialized protobuf message in bytes."""
 
+_SMALL = 2**16
 _PACKED_BITS = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "FLOAT6E2M3": 6, "FLOAT6E3M2": 6}
 _TENSORLESS = {"ValueInfoProto", "StringStringEntryProto", "OperatorSetIdProto", "TypeProto", "TensorAnnotation"}
 
@@ -62,6 +65,35 @@ def header(tensor: TensorProto) -> TensorProto:
         bare.doc_string = tensor.doc_string
     bare.metadata_props.extend(tensor.metadata_props)
     return bare
+
+
+def without(message: M, *fields: str) -> M:
+    """Return a copy of a message without some of its fields."""
+    rest = type(message)()
+    for descriptor, value in message.ListFields():
+        if descriptor.name in fields:
+            continue
+        if hasattr(value, "ListFields"):
+            getattr(rest, descriptor.name).CopyFrom(value)
+        elif hasattr(value, "MergeFrom"):
+            getattr(rest, descriptor.name).MergeFrom(value)
+        else:
+            setattr(rest, descriptor.name, value)
+    return rest
+
+
+def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a copy of a model whose large initializers have no data; nothing large is copied on the way."""
+    light = without(proto, "graph")
+    light.graph.CopyFrom(without(proto.graph, "initializer"))
+    for tensor in proto.graph.initializer:
+        bare = light.graph.initializer.add()
+        if len(tensor.raw_data) <= _SMALL:
+            bare.CopyFrom(tensor)
+        else:
+            bare.CopyFrom(header(tensor))
+            refer(bare, location="#")
+    return light
 
 
 def pack(array: Array) -> bytes:

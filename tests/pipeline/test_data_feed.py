@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import parser
-from qpipe.calibrate.errors import DataError
+from qpipe.calibrate.errors import DataError, UnsupportedError
 from qpipe.pipeline import graph
 from qpipe.pipeline.data import Feed, FeedOptions, Fingerprint, InputInfo, conform, inputs_of, samples_in, take
 
@@ -22,6 +22,15 @@ def info(name: str, dtype: Any, *shape: int | str | None) -> InputInfo:
 IDS = info("input_ids", np.int64, "batch", "seq")
 MASK = info("attention_mask", np.int64, "batch", "seq")
 IMAGE = info("image", np.float32, None, 3, 8, 8)
+
+
+def test_an_input_that_is_no_tensor_is_refused() -> None:
+    model = graph.from_proto(
+        parser.parse_model("""<ir_version: 10, opset_import: ["": 21]>
+        g (seq(float[N,3]) s) => (float[N,3] y) { y = ConcatFromSequence <axis = 0> (s) }""")
+    )
+    with pytest.raises(UnsupportedError, match="input 's' is no tensor"):
+        inputs_of(model.graph)
 
 
 def image(*shape: int, dtype: Any = np.float32) -> np.ndarray:

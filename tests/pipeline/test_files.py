@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from qpipe.calibrate.errors import WriteError
 from qpipe.pipeline import files
-from qpipe.pipeline.files import Process, replace_file
+from qpipe.pipeline.files import replace_file
+from qpipe.pipeline.locks import Process
 
 
 def in_child(action: Callable[[], None]) -> int:
@@ -129,6 +130,28 @@ def test_errors_that_are_not_about_the_target_pass_through(tmp_path: Path) -> No
     with pytest.raises(PermissionError):
         read_something_else()
     assert names(tmp_path) == []
+
+
+def test_anything_that_goes_wrong_beside_the_target_is_a_write_error(tmp_path: Path) -> None:
+    (tmp_path / f"{files._stem(tmp_path / 'a')}.lock").symlink_to("elsewhere")
+    with pytest.raises(WriteError, match="Too many levels of symbolic links"), replace_file(tmp_path / "a"):
+        pytest.fail("a planted link must not be followed")
+    with pytest.raises(WriteError, match="Not a directory"), replace_file(tmp_path / "b") as tmp:
+        raise NotADirectoryError(errno.ENOTDIR, "Not a directory", str(tmp))
+
+
+def test_a_file_system_without_locks_still_tells_writers_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    first = Writer(tmp_path / "a")
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(WriteError, match=f"by pid {first.pid} "), replace_file(tmp_path / "a"):
+        pass
+    first.kill()
+    with replace_file(tmp_path / "a") as tmp:
+        tmp.write_text("new")
+    assert names(tmp_path) == ["a"]
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO])

@@ -153,6 +153,21 @@ def test_nodes_get_names_of_their_own(proto: ModelProto) -> None:
     assert len(set(names)) == len(names)
 
 
+def test_a_clone_is_independent_and_keeps_internal_names() -> None:
+    names = ("h1", "h2", "y")
+    nodes = [helper.make_node("Relu", [before], [after]) for before, after in zip(("x", *names), names, strict=False)]
+    model = graph.from_proto(model_of(nodes))
+    first = model.graph.nodes.pop(0)
+    model.graph.nodes[0].inputs[0] = first.inputs[0]
+    copy = graph.clone(model)
+    assert [node.name for node in copy.graph.nodes] == ["Relu_1", "Relu_2"]
+    copy.graph.nodes[0].op = "Neg"
+    copy.metadata["k"] = "v"
+    assert model.graph.nodes[0].op == "Relu"
+    assert model.metadata == {}
+    assert [node.name for node in graph.to_proto(copy).graph.node] == ["", ""]
+
+
 def test_a_renamed_node_keeps_its_new_name() -> None:
     model = graph.from_proto(model_of([helper.make_node("Relu", ["x"], ["y"])]))
     assert graph.to_proto(model).graph.node[0].name == ""

@@ -88,8 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output.fail(error, as_json="--json" in given)
         return error.exit_code
     except (KeyboardInterrupt, click.Abort) as stop:
-        output.note(str(stop) or "stopped")
-        return int(getattr(stop, "exit_code", INTERRUPTED))
+        cause = stop.__cause__ or stop  # click wraps an interruption
+        output.note(str(cause) or "stopped")
+        return int(getattr(cause, "exit_code", INTERRUPTED))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter's last flush finds somewhere to go
         return 0

@@ -42,6 +42,10 @@ class SmoothQuant:
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram", "channels"})
 
+    def __post_init__(self) -> None:
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise ValueError("alpha is between 0 and 1")
+
     def __call__(self, w: Array, spec: Spec, stats: WeightStats | None, x_spec: Spec | None) -> F32:
         """Return ``channel_scale`` [in] for ``w`` [out, in]."""
         x_amax = channels_of("smoothquant", w, stats).amax.astype(np.float64)

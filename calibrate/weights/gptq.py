@@ -48,6 +48,10 @@ class Gptq:
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
 
+    def __post_init__(self) -> None:
+        if not self.damping >= 0:
+            raise ValueError("damping is 0 or more")
+
     def __call__(self, w: Array, spec: Spec, stats: WeightStats | None = None) -> QArray:
         """Return the codes of ``w`` [out, in]."""
         hessian = damped(gram_of("gptq", w, stats), self.damping)

@@ -46,6 +46,10 @@ class Hqq:
 
     needs: ClassVar[frozenset[str]] = frozenset()
 
+    def __post_init__(self) -> None:
+        if not 0 < self.p <= 1:
+            raise ValueError("p is above 0 and at most 1")
+
     def __call__(self, w: Array, spec: Spec, stats: WeightStats | None = None) -> QArray:  # noqa: ARG002 - protocol
         """Return the codes of ``w`` [out, in]; ``stats`` are not looked at."""
         if spec.pair_limit:

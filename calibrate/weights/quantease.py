@@ -46,8 +46,8 @@ class Quantease:
 
     def __call__(self, w: Array, spec: Spec, stats: WeightStats | None = None) -> QArray:
         """Return the codes of ``w`` [out, in]."""
-        start = Gptq(damping=self.damping, act_order=self.act_order)(w, spec, stats)
         hessian = damped(gram_of("quantease", w, stats), self.damping)
+        start = Gptq(damping=self.damping, act_order=self.act_order)(w, spec, stats)
         values = np.ascontiguousarray(dequantize(start).T, dtype=np.float64)
         gradient = hessian @ (w.T.astype(np.float64) - values)
         grid = Grid.of(start.params, w.shape, slice(None), np.arange(w.shape[1]))

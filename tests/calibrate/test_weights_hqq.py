@@ -1,0 +1,56 @@
+"""HQQ: fits the bulk of the weights, needs no data."""
+
+import numpy as np
+import pytest
+from qpipe.calibrate.formats import FORMATS
+from qpipe.calibrate.granularity import per_block, per_channel
+from qpipe.calibrate.qarray import Spec, dequantize
+from qpipe.calibrate.weights.hqq import Hqq, shrink
+from qpipe.calibrate.weights.rtn import Rtn, RtnMse
+
+
+def squared_error(method, w, spec):
+    return spec.granularity.reduce(np.square(w - dequantize(method(w, spec)), dtype=np.float64), np.add)
+
+
+@pytest.mark.parametrize("fmt", ["int2", "int4", "uint2", "uint4"])
+@pytest.mark.parametrize("granularity", [per_channel(0), per_block(1, 32)])
+def test_weight_error_under_heavy_tails_is_lower_than_that_of_rounding(fmt, granularity):
+    w = np.random.default_rng(0).standard_t(3, (64, 256)).astype(np.float32)
+    fmt = FORMATS.get(fmt)
+    spec = Spec(format=fmt, granularity=granularity, symmetric=fmt.is_signed)
+    assert squared_error(Hqq(), w, spec).sum() < 0.95 * squared_error(Rtn(), w, spec).sum()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("fmt", ["uint4", "int4", "int8", "float4_e2m1", "mxfp4", "nf4"])
+def test_no_scale_is_worse_than_after_the_clip_search(fmt, symmetric):
+    w = np.random.default_rng(1).standard_t(3, (48, 96)).astype(np.float32)
+    fmt = FORMATS.get(fmt)
+    spec = Spec(format=fmt, granularity=per_block(1, fmt.block_size or 16), symmetric=symmetric)
+    assert (squared_error(Hqq(), w, spec) <= squared_error(RtnMse(), w, spec) * (1 + 1e-5)).all()
+
+
+def test_a_zero_point_that_can_move_gains_most():
+    """Skewed weights: the zero point of the full range is wrong once the tail is clipped."""
+    w = (np.random.default_rng(2).exponential(1, (64, 128)) - 0.2).astype(np.float32)
+    spec = Spec(format=FORMATS.get("uint4"), granularity=per_block(1, 32), symmetric=False)
+    searched, ours = squared_error(RtnMse(), w, spec), squared_error(Hqq(), w, spec)
+    assert ours.sum() < 0.985 * searched.sum()
+    assert (ours < searched).mean() > 0.5
+
+
+def test_without_iterations_it_is_the_clip_search():
+    w = np.random.default_rng(3).standard_t(3, (8, 64)).astype(np.float32)
+    spec = Spec(format=FORMATS.get("uint4"), granularity=per_channel(0), symmetric=False)
+    np.testing.assert_array_equal(Hqq(iterations=0)(w, spec).q, RtnMse()(w, spec).q)
+
+
+def test_shrink_is_the_soft_threshold_for_p_1_and_keeps_large_errors_below():
+    x = np.linspace(-3, 3, 61, dtype=np.float32)
+    np.testing.assert_allclose(shrink(x, 2, 1.0), np.sign(x) * np.maximum(np.abs(x) - 0.5, 0), atol=1e-6)
+    half = shrink(x, 2, 0.5)
+    assert half[30] == 0
+    np.testing.assert_array_equal(half, -half[::-1])
+    assert half[-1] == pytest.approx(3 - 3**-0.5 / 2, rel=1e-6)  # less of a large error is taken off than by p = 1
+    assert (np.abs(half) <= np.abs(x)).all()

@@ -87,7 +87,7 @@ class CudaKernel : public Kernel {
         void* stream = nullptr;
         QPIPE_RETURN_IF(api().KernelContext_GetGPUComputeStream(context, &stream));
         const Device* device = nullptr;
-        QPIPE_RETURN_IF(check(current_device(device)));
+        QPIPE_RETURN_IF(check(current_device<prepare_kernels>(device)));
         const Operands op = operands(in, extents, attributes_.limit, y, counter);
         const Plan plan = choose_plan(shape_of(op, sizeof(T)), *device);
         Scratch scratch;
@@ -104,7 +104,7 @@ OrtStatus* create(const OrtKernelInfo* info, std::unique_ptr<Kernel>& kernel) {
     Attributes attributes{};
     QPIPE_RETURN_IF(read_attributes(info, attributes));
     const Device* device = nullptr;
-    QPIPE_RETURN_IF(check(current_device(device)));  // kernel attributes are set here, not in a run
+    QPIPE_RETURN_IF(check(current_device<prepare_kernels>(device)));  // kernel attributes are set here, not in a run
     kernel = std::make_unique<CudaKernel<T>>(attributes);
     return nullptr;
 }

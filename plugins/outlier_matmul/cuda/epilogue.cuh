@@ -54,7 +54,8 @@ QPIPE_DEVICE void add_high_digits(A (&sums)[kMt * kNt * 4], const WarpTile& tile
     }
 }
 
-// y = float(sum) * row scale * column scale, register by register: sums and y may share registers.
+// y = float(sum) * column scale * row scale, register by register: sums and y may share registers. The column scale comes
+// first, since a sum times a large row scale could overflow although the result does not.
 template <int kMt, int kNt, class A>
 QPIPE_DEVICE void scale_sums(float (&y)[kMt * kNt * 4], const A (&sums)[kMt * kNt * 4], const WarpTile& tile,
                              const Operands& op, const float* row_scales) {
@@ -74,7 +75,7 @@ QPIPE_DEVICE void scale_sums(float (&y)[kMt * kNt * 4], const A (&sums)[kMt * kN
             QPIPE_UNROLL
             for (int half = 0; half < kMt * 2; ++half) {
                 const int at = flat<kNt>(half >> 1, j, (half & 1) * 2 + c);
-                y[at] = static_cast<float>(sums[at]) * of_row[half] * of_column;
+                y[at] = static_cast<float>(sums[at]) * of_column * of_row[half];
             }
         }
     }
@@ -143,9 +144,6 @@ QPIPE_DEVICE void store_half_rows(const float* y, int half, const WarpTile& tile
 // float32: a lane's two neighbouring columns at once; a quad fills one 32-byte sector.
 template <int kNt>
 QPIPE_DEVICE void store_float_rows(const float* y, int half, const WarpTile& tile, const Operands& op, int64_t row) {
-    struct alignas(8) Pair {
-        float first, second;
-    };
     const int lane = ptx::thread() % 32;
     if (row >= op.m) return;
     float* line = static_cast<float*>(op.y) + row * op.n;
@@ -155,7 +153,7 @@ QPIPE_DEVICE void store_float_rows(const float* y, int half, const WarpTile& til
         const float* pair = y + flat<kNt>(half >> 1, j, (half & 1) * 2);
         const int64_t column = tile.column + j * 8 + accumulator_column(lane, 0);
         if (op.n % 2 == 0) {
-            if (column < op.n) *reinterpret_cast<Pair*>(line + column) = {pair[0], pair[1]};
+            if (column < op.n) *reinterpret_cast<Bytes8*>(line + column) = {{ptx::float_bits(pair[0]), ptx::float_bits(pair[1])}};
             continue;
         }
         if (column < op.n) line[column] = pair[0];

@@ -3,8 +3,6 @@
 
 #include <cuda.h>
 
-#include <mutex>
-
 #include "quantize.cuh"
 #include "tiles.cuh"
 
@@ -48,15 +46,6 @@ Compiled wgmma_kernel(int tile) {
     return compiled_wgmma<WgmmaTile1, T>();
 }
 
-#define QPIPE_RETURN_IF_CUDA(expression)                                     \
-    do {                                                                     \
-        if (cudaError_t error = (expression); error != cudaSuccess) return error; \
-    } while (0)
-
-inline cudaError_t allow_shared(const void* function, int bytes) {
-    return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-}
-
 // Let every kernel of an element type use the shared memory that it may ask for.
 template <class T>
 cudaError_t allow_shared_memory(const Device& d) {
@@ -73,33 +62,11 @@ cudaError_t allow_shared_memory(const Device& d) {
     return cudaSuccess;
 }
 
-// Facts of the current device, asked for once; kernels are prepared at the same time.
-inline cudaError_t current_device(const Device*& device) {
-    constexpr int kMostDevices = 64;
-    static Device devices[kMostDevices];
-    static cudaError_t results[kMostDevices];
-    static std::once_flag once[kMostDevices];
-    int id = 0;
-    QPIPE_RETURN_IF_CUDA(cudaGetDevice(&id));
-    if (id >= kMostDevices) return cudaErrorInvalidDevice;
-    std::call_once(once[id], [id] {
-        Device& d = devices[id];
-        int major = 0, minor = 0;
-        results[id] = [&]() -> cudaError_t {
-            QPIPE_RETURN_IF_CUDA(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, id));
-            QPIPE_RETURN_IF_CUDA(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, id));
-            QPIPE_RETURN_IF_CUDA(cudaDeviceGetAttribute(&d.multiprocessors, cudaDevAttrMultiProcessorCount, id));
-            QPIPE_RETURN_IF_CUDA(
-                cudaDeviceGetAttribute(&d.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
-            d.capability = 10 * major + minor;
-            if (d.capability < 80) return cudaErrorNoKernelImageForDevice;
-            QPIPE_RETURN_IF_CUDA(allow_shared_memory<Half>(d));
-            QPIPE_RETURN_IF_CUDA(allow_shared_memory<BFloat16>(d));
-            return allow_shared_memory<float>(d);
-        }();
-    });
-    device = &devices[id];
-    return results[id];
+// `prepare` of current_device: kernel attributes are set there, never in a run.
+inline cudaError_t prepare_kernels(const Device& d) {
+    QPIPE_RETURN_IF_CUDA(allow_shared_memory<Half>(d));
+    QPIPE_RETURN_IF_CUDA(allow_shared_memory<BFloat16>(d));
+    return allow_shared_memory<float>(d);
 }
 
 using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,

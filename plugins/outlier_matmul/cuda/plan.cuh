@@ -4,18 +4,12 @@
 // and so says where they are wrong.
 #pragma once
 
+#include "device.cuh"
 #include "small_m.cuh"
 
 namespace qpipe {
 
 enum class Path : int { kNothing, kSmall, kMma, kWgmma };
-
-// What a plan needs to know of a device.
-struct Device {
-    int capability = 0;  // 10 * major + minor
-    int multiprocessors = 0;
-    int shared_bytes = 0;  // most that one block may ask for
-};
 
 struct Shape {
     int64_t m, n;

@@ -23,8 +23,11 @@
 
 namespace qpipe {
 
-// 16 bytes that move as one.
-struct alignas(16) Bytes16 {
+// 8 and 16 bytes that move as one, whatever they are.
+struct [[gnu::may_alias]] alignas(8) Bytes8 {
+    uint32_t word[2];
+};
+struct [[gnu::may_alias]] alignas(16) Bytes16 {
     uint32_t word[4];
 };
 

@@ -105,11 +105,25 @@ QPIPE_DEVICE void sync_warp() { __syncwarp(); }
 QPIPE_DEVICE uint32_t shuffle_xor(uint32_t value, int mask) { return __shfl_xor_sync(0xffffffffu, value, mask); }
 QPIPE_DEVICE uint32_t warp_max(uint32_t value) { return __reduce_max_sync(0xffffffffu, value); }
 QPIPE_DEVICE uint32_t warp_sum(uint32_t value) { return __reduce_add_sync(0xffffffffu, value); }
-QPIPE_DEVICE void atomic_max(uint32_t* address, uint32_t value) { atomicMax(address, value); }
-QPIPE_DEVICE void atomic_min(uint32_t* address, uint32_t value) { atomicMin(address, value); }
-QPIPE_DEVICE void atomic_or(uint32_t* address, uint32_t value) { atomicOr(address, value); }
-QPIPE_DEVICE uint32_t atomic_add(uint32_t* address, uint32_t value) { return atomicAdd(address, value); }
-QPIPE_DEVICE void atomic_add(unsigned long long* address, unsigned long long value) { atomicAdd(address, value); }
+QPIPE_DEVICE uint32_t warp_min(uint32_t value) { return __reduce_min_sync(0xffffffffu, value); }
+QPIPE_DEVICE uint32_t warp_or(uint32_t value) { return __reduce_or_sync(0xffffffffu, value); }
+
+template <class I>
+QPIPE_DEVICE void atomic_max(I* address, I value) {
+    atomicMax(address, value);
+}
+template <class I>
+QPIPE_DEVICE void atomic_min(I* address, I value) {
+    atomicMin(address, value);
+}
+template <class I>
+QPIPE_DEVICE void atomic_or(I* address, I value) {
+    atomicOr(address, value);
+}
+template <class I>
+QPIPE_DEVICE I atomic_add(I* address, I value) {
+    return atomicAdd(address, value);
+}
 
 // 16 bytes of a weight that is read once: not kept in L1.
 QPIPE_DEVICE Bytes16 load_streaming(const void* global) {

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kQuantizeThreads) quantize_rows_kernel(const _
     }
     if (ptx::thread() == 0) {
         out.scale[row_number] = rule.scale.scale;
-        if (op.new_outliers != nullptr && facts->met != 0) ptx::atomic_add(op.new_outliers, facts->met);
+        if (op.new_outliers != nullptr && facts->met != 0) ptx::atomic_add<unsigned long long>(op.new_outliers, facts->met);
     }
     if (op.limit > 0) {
         ptx::sync_block();

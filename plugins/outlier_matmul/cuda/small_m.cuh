@@ -102,7 +102,7 @@ struct SmallBlock {
         if (warp < rows && lane == 0) {
             part<float>(at.scale)[row] = rule.scale.scale;
             if (ptx::block() == 0 && op.new_outliers != nullptr && facts->met != 0) {
-                ptx::atomic_add(op.new_outliers, facts->met);
+                ptx::atomic_add<unsigned long long>(op.new_outliers, facts->met);
             }
         }
         ptx::sync_block();
@@ -157,9 +157,6 @@ QPIPE_DEVICE void multiply_run(int32_t (&sums)[4], const WeightStream::Run& w, c
 // One warp: the outlier product of sixteen columns, 8 bytes of K per thread and step.
 template <class T>
 QPIPE_DEVICE void multiply_small_outliers(float (&y)[4], int64_t first_column, const SmallBlock<T>& block) {
-    struct alignas(8) Bytes8 {
-        uint32_t word[2];
-    };
     const Operands& op = block.op;
     const int lane = ptx::thread() % 32, line = op.o_padded * static_cast<int>(sizeof(T));
     const int64_t column = first_column + lane / 4;
@@ -198,8 +195,8 @@ QPIPE_DEVICE void finish_small_tile(int64_t tile, const Bytes16* partials, const
             sums[r] += block.template part<int32_t>(block.at.high_digit)[at] * 128 *
                        op.w_codes[column * op.k_padded + block.template part<int32_t>(block.at.high_column)[at]];
         }
-        y[r] = static_cast<float>(sums[r]) * block.template part<float>(block.at.scale)[row] *
-               (inside ? op.w_scale[column] : 0.0f);
+        y[r] = static_cast<float>(sums[r]) * (inside ? op.w_scale[column] : 0.0f) *
+               block.template part<float>(block.at.scale)[row];
     }
     multiply_small_outliers(y, tile * kSmallColumns, block);
     QPIPE_UNROLL

@@ -2,11 +2,8 @@
 #include <algorithm>
 
 #include "quantize.cuh"
-#include "tiles.cuh"
-
-#if QPIPE_WITH_RANGE_STATS
 #include "range_stats.cuh"
-#endif
+#include "tiles.cuh"
 
 namespace {
 
@@ -117,6 +114,16 @@ int64_t emulation_call_bytes() { return sizeof(Call); }
 
 int emulate(const Call* call) {
     return guarded([&] { with_type(call->type, [&](auto t) { run<decltype(t)>(*call); }); });
+}
+
+int count_values(const void* x, int type, int64_t size, float sentinel, int blocks, unsigned long long* state) {
+    return guarded([&] {
+        with_type(type, [&](auto t) {
+            emulator::launch(blocks, kCountThreads, 1, kCountSharedBytes, {}, [&] {
+                count_kernel(static_cast<const decltype(t)*>(x), size, sentinel, state);
+            });
+        });
+    });
 }
 
 // Offsets of scale, outliers, high_count, high_column, high_digit and the size of the scratch memory.

@@ -246,12 +246,12 @@ template <class I>
 void atomic_or(I* address, I value) {
     *address |= value;
 }
-inline uint32_t atomic_add(uint32_t* address, uint32_t value) {
-    const uint32_t old = *address;
+template <class I>
+I atomic_add(I* address, I value) {
+    const I old = *address;
     *address += value;
     return old;
 }
-inline void atomic_add(unsigned long long* address, unsigned long long value) { *address += value; }
 
 inline Bytes16 load_streaming(const void* global) {
     if (reinterpret_cast<uintptr_t>(global) % 16 != 0) emulator::stop("a 16-byte load is not aligned");

@@ -78,8 +78,9 @@ def test_heavy_tails_are_clipped_and_uniform_weights_are_not():
     spec = Spec(format=FORMATS.get("int4"), granularity=per_channel(0), narrow_range=True)
     heavy = rng.standard_t(2, (8, 512)).astype(np.float32)
     flat = rng.uniform(-1, 1, (8, 512)).astype(np.float32)
-    assert (mse_range(heavy, spec).amax < 0.9 * minmax_range(heavy, spec.granularity).amax).all()
-    assert (mse_range(flat, spec).amax > 0.9 * minmax_range(flat, spec.granularity).amax).all()
+    kept = [np.median(mse_range(w, spec).amax / minmax_range(w, spec.granularity).amax) for w in (heavy, flat)]
+    assert kept[0] < 0.85
+    assert kept[1] > 0.9
 
 
 def test_a_power_of_two_scale_may_grow():

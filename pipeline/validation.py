@@ -110,25 +110,37 @@ def speedup(milliseconds: Mapping[str, list[float]]) -> float:
     return statistics.median(a / b for a, b in zip(milliseconds[FLOAT], milliseconds[DEPLOYED], strict=True))
 
 
-def layer_rows(accuracies: Mapping[Layer, Accuracy]) -> list[dict[str, Any]]:
+def layer_rows(accuracies: Mapping[Layer, tuple[Accuracy, float | None]]) -> list[dict[str, Any]]:
     """Return a row per layer that is in floating point, the one that adds most noise first.
 
     Noise is counted by its energy relative to the signal's; a layer adds what its result has more than the noisiest
     tensor that it is computed from. Where the noise is not a number at all the layer comes first.
+
+    Args:
+        accuracies: Accuracy of each layer, and the noise left when its channels are scaled back (see `Rescaling`).
     """
-    measured = {layer: accuracy for layer, accuracy in accuracies.items() if accuracy.values and accuracy.same is None}
-    noise = {layer.tensor: _noise(accuracy) for layer, accuracy in measured.items()}
+    measured = {layer: pair for layer, pair in accuracies.items() if pair[0].values and pair[0].same is None}
+    noise = {layer.tensor: _noise(*pair) for layer, pair in measured.items()}
     rows = []
-    for layer, accuracy in measured.items():
-        row = {key: getattr(accuracy, key) for key in ("sqnr_db", "cosine", "max_abs", "nonfinite")}
+    for layer, (accuracy, rescaled) in measured.items():
+        plain = {key: getattr(accuracy, key) for key in ("sqnr_db", "cosine", "max_abs", "nonfinite")}
+        if rescaled is not None:
+            plain |= {"sqnr_db": _decibel(rescaled), "cosine": None, "max_abs": None}
         added = noise[layer.tensor] - max((noise[name] for name in layer.before if name in noise), default=0.0)
-        rows.append({"tensor": layer.tensor, "node": layer.node, "op": layer.op, **row, "added_noise": added})
+        row = {"tensor": layer.tensor, "node": layer.node, "op": layer.op, **plain, "added_noise": added}
+        rows.append({**row, "rescaled": rescaled is not None})
     return sorted(rows, key=lambda row: nan_first(-row["added_noise"]))
 
 
-def _noise(accuracy: Accuracy) -> float:
+def _noise(accuracy: Accuracy, rescaled: float | None) -> float:
     """Return the energy of the noise relative to that of the signal."""
+    if rescaled is not None:
+        return rescaled
     return math.nan if math.isnan(accuracy.sqnr_db) else 10 ** (-accuracy.sqnr_db / 10)
+
+
+def _decibel(noise: float) -> float:
+    return -10 * math.log10(noise) if noise else math.inf
 
 
 def layers_table(rows: list[dict[str, Any]]) -> Table:
@@ -143,7 +155,8 @@ def layers_table(rows: list[dict[str, Any]]) -> Table:
     )
     about = (
         "Inner activations of both models in exact semantics, the layer that adds most noise first. "
-        "Noise added is noise to signal of the tensor, less that of the noisiest tensor it is computed from."
+        "Noise added is noise to signal of the tensor, less that of the noisiest tensor it is computed from. "
+        "Tensors whose channels were rescaled on purpose are judged after scaling them back; they show no cosine."
     )
     return Table(name="layers", title="Layers, worst first", columns=columns, rows=tuple(rows), about=about)
 

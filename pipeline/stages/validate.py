@@ -27,6 +27,7 @@ from ..layers import Layer, common_layers, score_outputs, with_outputs
 from ..qdq_check import check_qdq
 from ..recorder import Recorder
 from ..report import Report
+from ..rescaling import Rescaling
 from ..session import SessionExtras, int8_saturates, make_session, ort_errors, session_facts
 from ..validation import (
     DEPLOYED,
@@ -53,7 +54,7 @@ Batch = Mapping[str, npt.NDArray[Any]]
 
 LAYERS = "float layers"
 
-KEPT_BATCHES = 4
+KEPT_BATCHES = 2
 """Batches that are kept for timing."""
 
 
@@ -174,7 +175,7 @@ class _Run:
         self.outputs = {
             (name, semantics): Comparison(pair.scores.get(name)) for name in pair.outputs for semantics in SEMANTICS
         }
-        self.layers = {layer: Comparison() for layer in pair.layers}
+        self.layers = {layer: (Comparison(), Rescaling()) for layer in pair.layers}
         self.milliseconds: dict[str, list[float]] = {}
         self.batches = self.samples = 0
         self._kept: list[Batch] = []
@@ -270,8 +271,9 @@ class _Run:
     def _gather(self, results: Mapping[str, Any]) -> None:
         for (name, semantics), comparison in self.outputs.items():
             comparison.update(results[FLOAT][name], results[semantics][name])
-        for layer, comparison in self.layers.items():
-            comparison.update(results[LAYERS][layer.tensor], results[EXACT][layer.quantized])
+        for layer, gatherers in self.layers.items():
+            for gatherer in gatherers:
+                gatherer.update(results[LAYERS][layer.tensor], results[EXACT][layer.quantized])
         if self._results is not None:
             saved = results[self._options.saved_run]
             self._results.append({name: saved[name] for name in self._pair.outputs})
@@ -283,7 +285,9 @@ def _run_error(error: Exception) -> DataError:
 
 def _report(pair: _Pair, run: _Run, options: ValidateOptions) -> Report:
     accuracies = {key: comparison.result() for key, comparison in run.outputs.items()}
-    layers = layer_rows({layer: comparison.result() for layer, comparison in run.layers.items()})
+    layers = layer_rows(
+        {layer: (comparison.result(), rescaling.noise()) for layer, (comparison, rescaling) in run.layers.items()}
+    )
     findings = check_qdq(pair.models[EXACT])
     tables = [outputs_table(accuracies)]
     if run.milliseconds:

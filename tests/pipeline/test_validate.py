@@ -143,6 +143,19 @@ def test_layers_are_compared_as_their_readers_see_them(pair: tuple[Path, Path]) 
     assert rows["b"]["sqnr_db"] > 30
 
 
+def test_channels_rescaled_on_purpose_hurt_nobody(tmp_path: Path) -> None:
+    weights = _weights()
+    factor = np.array([0.1, 10, 1, 30, 0.5, 2], np.float32)
+    scaled = {**weights, "w1": weights["w1"] * factor, "w2": weights["w2"] / factor[:, None]}
+    onnx.save(_model(NET, weights), tmp_path / "float.onnx")
+    onnx.save(_model(NET, scaled), tmp_path / "scaled.onnx")
+    options = ValidateOptions(per_layer=True, rounds=0)
+    rows = validate(tmp_path / "float.onnx", tmp_path / "scaled.onnx", _batches(32), options).table("layers").rows
+    rescaled = {row["tensor"] for row in rows if row["rescaled"]}
+    assert rescaled == {"a", "b"}
+    assert max(row["added_noise"] for row in rows) < 1e-10
+
+
 def test_per_layer_with_external_data(pair: tuple[Path, Path], tmp_path: Path) -> None:
     folder = tmp_path / "external"
     folder.mkdir()

@@ -150,7 +150,7 @@ def runtime_facts() -> dict[str, Any]:
     return {
         **facts,
         "version": ort.__version__,
-        "folder": str(Path(ort.__file__).parent),
+        "folder": str(Path(str(ort.__file__)).parent),
         "providers": {name: {"usable": error is None, "why_not": error} for name, error in providers.items()},
         **ceilings.measure(),
     }

@@ -12,7 +12,7 @@ from ..calibrate.formats import FORMATS
 from ..calibrate.qarray import Range, Spec
 from ..calibrate.ranges import resolve
 from ..calibrate.stats.channel_amax import OutlierChannel, outlier_channels
-from ..calibrate.stats.histogram import Bins, Histogram
+from ..calibrate.stats.histogram import F64, Bins, Histogram
 from .calibration import Calibration, TensorStats
 from .charts import histogram_svg
 from .report import Chart, Column, Report, Table, show
@@ -159,10 +159,10 @@ def _chart(histogram: Histogram, row: TensorRow) -> Chart:
     return Chart(title=row.tensor, svg=svg, caption=f"{show(row.values, 'count')} values")
 
 
-def _on_edges(bins: Bins, edges: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+def _on_edges(bins: Bins, edges: F64) -> F64:
     """Return how many values lie between neighbouring edges; a bin lies between two neighbours or on one edge."""
     place = np.clip(np.searchsorted(edges, bins.center, side="right") - 1, 0, max(len(edges) - 2, 0))
-    return np.bincount(place, weights=bins.counts, minlength=len(edges) - 1)
+    return np.bincount(place, weights=bins.counts, minlength=len(edges) - 1).astype(np.float64)
 
 
 def _table(rows: Sequence[TensorRow]) -> Table:

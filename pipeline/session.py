@@ -190,7 +190,7 @@ def _source(model: Path | str | bytes | onnx.ModelProto) -> str | bytes:
     from google.protobuf.message import EncodeError
 
     try:
-        return model.SerializeToString()
+        return bytes(model.SerializeToString())
     except (EncodeError, ValueError) as error:
         raise ModelError(
             "the model is too large to hand over in memory",
@@ -260,4 +260,4 @@ def _one_node_model() -> bytes:
     from onnx import parser
 
     text = '<ir_version: 8, opset_import: ["": 17]> g (float[1] x) => (float[1] y) { y = Relu(x) }'
-    return parser.parse_model(text).SerializeToString()
+    return bytes(parser.parse_model(text).SerializeToString())

@@ -73,7 +73,7 @@ class Site:
     @property
     def is_contrib(self) -> bool:
         """Whether it is ONNX Runtime's own operator, which takes 4 and 16-bit types at any opset."""
-        return self.node.domain == "com.microsoft"
+        return bool(self.node.domain == "com.microsoft")
 
     @property
     def x(self) -> gs.Tensor:

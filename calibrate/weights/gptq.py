@@ -61,7 +61,7 @@ class Gptq:
         importance[order] = 1 / np.square(np.diag(factor))
         params = _params(w, spec, importance)
         block = 0 if self.act_order else _late_block(spec)
-        values, scale, zero_point = (np.empty(w.shape, np.float32) for _ in range(3))
+        values, late = np.empty(w.shape, np.float32), []
         for rows in _row_chunks(w.shape):
             columns = _Columns(
                 live=np.ascontiguousarray(w[rows].T[order], dtype=np.float64),
@@ -72,10 +72,13 @@ class Gptq:
                 block=block,
             )
             values[rows][:, order] = columns.solve().T
-            scale[rows], zero_point[rows] = columns.grid.scale.T, columns.grid.zero_point.T
-        if block:
-            zeros = None if params.zero_point is None else zero_point[:, ::block].astype(spec.format.dtype)
-            params = params_from_scale(scale[:, ::block], spec, zeros)
+            if block:
+                late.append([each[::block].T for each in (columns.grid.scale, columns.grid.zero_point)])
+        if late:
+            scale, zeros = (np.concatenate(each) for each in zip(*late, strict=True))
+            params = params_from_scale(
+                scale, spec, None if params.zero_point is None else zeros.astype(spec.format.dtype)
+            )
         return quantize(values, params)
 
 

@@ -143,7 +143,8 @@ class _GraphExporter:
         else:
             proto = TensorProto()
             proto.CopyFrom(held.tensor)
-        proto.name = tensor.name
+        if tensor.name:
+            proto.name = tensor.name
         return proto
 
     def _node(self, node: gs.Node, proto: NodeProto) -> None:

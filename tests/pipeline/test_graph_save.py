@@ -80,6 +80,19 @@ def test_a_saved_model_loads_everywhere(tmp_path: Path, options: dict[str, int])
     assert state(tmp_path) == "1"
 
 
+def test_external_weights_run_as_embedded_ones_do(tmp_path: Path) -> None:
+    session = pytest.importorskip("onnxruntime").InferenceSession
+    model = model_of(0.25)
+    graph.save(model, tmp_path / "embedded.onnx")
+    graph.save(model, tmp_path / "external.onnx", **EXTERNAL)
+    x = np.random.default_rng(0).normal(size=(2, 64)).astype(np.float32)
+    outputs = [
+        session(tmp_path / name, providers=["CPUExecutionProvider"]).run(None, {"h0": x})[0]
+        for name in ("embedded.onnx", "external.onnx")
+    ]
+    np.testing.assert_array_equal(*outputs)
+
+
 def test_external_weights_begin_at_pages_and_small_ones_stay_inside(tmp_path: Path) -> None:
     model = model_of(1)
     model.graph.nodes[0].inputs[1] = graph.constant("small", np.ones((64, 1), np.float32))

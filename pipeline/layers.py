@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,9 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from .graph import Model
-from .graph.reading import read_proto
+from .graph.constants import FileValues
+from .graph.exporter import skeleton
+from .graph.protos import keyed_tensors, location_of, refer
 
 FOLDER_KEY = "session.model_external_initializers_file_folder_path"
 
@@ -76,16 +79,24 @@ def _as_read(tensor: gs.Tensor) -> gs.Tensor:
     return behind[0].outputs[0] if behind else tensor
 
 
-def with_outputs(path: Path, names: Iterable[str]) -> tuple[bytes, dict[str, str]]:
-    """Return the model in ``path`` with further graph outputs, and the session entries that it then needs.
+def with_outputs(model: Model, names: Iterable[str]) -> tuple[bytes, dict[str, str]]:
+    """Return a model with further graph outputs, and the session entries that it then needs.
 
-    Its external data stays where it is.
+    External data stays in its files, which are named by their real paths: a runtime would not follow links that lead
+    out of the model's folder, as those of the Hugging Face cache do.
     """
-    proto = read_proto(path)
-    present = {output.name for output in proto.graph.output}
+    built = skeleton(model)
+    present = {output.name for output in built.proto.graph.output}
     # ONNX Runtime infers the type of an output that has none.
-    proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
-    return proto.SerializeToString(), {FOLDER_KEY: str(path.absolute().parent)}
+    built.proto.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names if name not in present)
+    keyed = [(tensor, built.weights[location_of(tensor)]) for tensor in keyed_tensors(built.proto)]
+    files = [(tensor, values.source) for tensor, values in keyed if isinstance(values, FileValues)]
+    folder = Path(os.path.commonpath([source.path.parent for _, source in files])) if files else None
+    for tensor, source in files:
+        location = source.path.relative_to(folder).as_posix()
+        refer(tensor, location=location, offset=source.offset, length=source.length)
+    built.fill()
+    return built.proto.SerializeToString(), {FOLDER_KEY: str(folder)} if folder else {}
 
 
 def score_outputs(model: Model, named: Sequence[str] = ()) -> Mapping[str, str]:

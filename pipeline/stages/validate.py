@@ -158,7 +158,7 @@ class _Pair:
             raise RecipeError(f"no output is called {sorted(unknown)[0]!r}", expected=", ".join(outputs))
         return cls(
             paths={FLOAT: float_path, EXACT: quantized_path, DEPLOYED: quantized_path, LAYERS: float_path},
-            models={FLOAT: first, EXACT: second},
+            models={FLOAT: first, EXACT: second, LAYERS: first},
             inputs=inputs_of(first.graph),
             outputs=outputs,
             scores=score_outputs(first, options.logits),
@@ -235,7 +235,7 @@ class _Run:
         config: dict[str, str] = {}
         if self._pair.layers and name in (EXACT, LAYERS):
             names = (layer.tensor if name == LAYERS else layer.quantized for layer in self._pair.layers)
-            source, config = with_outputs(path, names)
+            source, config = with_outputs(self._pair.models[name], names)
         return make_session(
             source,
             exact=name in (EXACT, LAYERS),

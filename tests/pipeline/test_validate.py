@@ -176,6 +176,20 @@ def test_per_layer_with_external_data(pair: tuple[Path, Path], tmp_path: Path) -
     assert outside.totals["float_bytes"] == (folder / "float.onnx").stat().st_size + data
 
 
+def test_per_layer_in_the_layout_of_the_hugging_face_cache(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "1"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    split = {"save_as_external_data": True, "location": "model.onnx.data", "size_threshold": 0}
+    onnx.save(onnx.load(pair[0]), blobs / "aa", **split)
+    (blobs / "model.onnx.data").rename(blobs / "bb")
+    for name, blob in (("model.onnx", "aa"), ("model.onnx.data", "bb")):
+        (snapshot / name).symlink_to(Path("../../blobs") / blob)
+    options = ValidateOptions(per_layer=True, rounds=0)
+    linked = validate(snapshot / "model.onnx", pair[1], _batches(4), options)
+    assert linked.table("layers").rows == validate(*pair, _batches(4), options).table("layers").rows
+
+
 def test_thresholds_set_the_outcome(pair: tuple[Path, Path]) -> None:
     kept = Thresholds(min_cosine=0.9, min_sample_cosine=0.5, min_sqnr_db=10, max_abs=10, min_top1=0.1, max_kld=1)
     result = validate(*pair, _batches(16), ValidateOptions(thresholds=kept))

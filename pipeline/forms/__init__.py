@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy.typing as npt
+import onnx
 import onnx_graphsurgeon as gs
 
 from ...calibrate.qarray import QArray, QParams, Spec
@@ -20,22 +21,33 @@ class Workbench:
     """The graph under work and the numbers that the earlier stages found.
 
     Attributes:
-        graph: Changed in place.
+        graph: The main graph; changed in place.
         activations: Parameters by tensor name and spec.
         weights: Quantized weights by site.
-        made: Tensors that were already inserted, by a key that the form chooses.
+        scope: The graph whose nodes are being rewritten: the main one, or a body of If, Loop or Scan.
+        made: Tensors that were already inserted into `scope`, by a key that the form chooses. Each graph gets its own:
+            runtimes do not fuse across the border of a body.
+        constants: Constants that were already made, by a key that the form chooses; all graphs share them.
     """
 
     graph: gs.Graph
     activations: Mapping[tuple[str, Spec], QParams]
     weights: Mapping[Site, QArray]
+    scope: gs.Graph = field(init=False)
     made: dict[tuple[object, ...], gs.Tensor] = field(default_factory=dict)
+    functions: dict[str, onnx.FunctionProto] = field(default_factory=dict)
+    constants: dict[tuple[object, ...], gs.Constant] = field(default_factory=dict)
     _taken: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
+        self.scope = self.graph
         for inner in all_graphs(self.graph):
             self._taken.update(inner.tensors())
             self._taken.update(node.name for node in inner.nodes)
+
+    def enter(self, scope: gs.Graph) -> None:
+        """Turn to the nodes of another graph."""
+        self.scope, self.made = scope, {}
 
     def fresh(self, base: str) -> str:
         """Return ``base``, or ``base`` with a number, that no tensor or node has; it counts as taken from now on.
@@ -53,6 +65,14 @@ class Workbench:
         """Make a constant of any ONNX type under a fresh name."""
         return constant(self.fresh(base), array, onnx_type)
 
+    def shared_constant(
+        self, key: tuple[object, ...], base: str, array: npt.NDArray[Any], onnx_type: str
+    ) -> gs.Constant:
+        """Return the constant that was made under ``key``, making it when there is none."""
+        if key not in self.constants:
+            self.constants[key] = self.constant(base, array, onnx_type)
+        return self.constants[key]
+
     def variable(self, base: str, like: gs.Tensor | None = None) -> gs.Variable:
         """Make a tensor under a fresh name, with type and shape of ``like``."""
         shape = None if like is None or like.shape is None else list(like.shape)
@@ -61,9 +81,9 @@ class Workbench:
     def node(
         self, op: str, base: str, inputs: list[gs.Tensor], output: gs.Tensor, attrs: Mapping[str, Any] | None = None
     ) -> gs.Node:
-        """Add an operator with one output under a fresh name."""
+        """Add an operator with one output under a fresh name; `stages.insert` sorts the graph afterwards."""
         node = gs.Node(op=op, name=self.fresh(base), attrs=dict(attrs or {}), inputs=inputs, outputs=[output])
-        self.graph.nodes.append(node)
+        self.scope.nodes.append(node)
         return node
 
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from ...calibrate.qarray import QArray, QParams, Spec
+from ...calibrate.formats import FORMATS
+from ...calibrate.qarray import QArray, QParams, Spec, quantize
 from ..constants import weight_of
+from ..graph import values
 from ..plan import Decision
 from . import FORMS, Workbench
 
@@ -18,20 +20,24 @@ from . import FORMS, Workbench
 @FORMS.register("qdq")
 def insert_qdq(bench: Workbench, node: gs.Node, decisions: list[Decision]) -> None:
     """Put Q/DQ pairs on the activations of ``node``, and a DequantizeLinear behind its codes of weights."""
-    for decision in decisions:
-        role, site = decision.site.role, decision.site
-        if role == "activation" and decision.spec is not None:
-            node.inputs[site.index] = dequantized(bench, node.inputs[site.index], (site.tensor, decision.spec))
-        elif role == "output" and decision.spec is not None:
-            dequantized(bench, node.outputs[site.index], (site.tensor, decision.spec), everyone=True)
-        elif role == "weight" and decision.spec is not None:
-            node.inputs[site.index] = dequantized_weight(bench, node, site.index, bench.weights[site])
     by_role = {d.site.role: d for d in decisions}
     if "bias" in by_role and by_role["bias"].form == "int32":
         data, weight = by_role["activation"], by_role["weight"]
         assert data.spec is not None
         data_params = bench.activations[data.site.tensor, data.spec]
         _insert_bias(bench, node, by_role["bias"].site.index, data_params, bench.weights[weight.site].params)
+    for decision in decisions:
+        role, site = decision.site.role, decision.site
+        if decision.spec is None:
+            continue
+        if role == "activation":
+            node.inputs[site.index] = dequantized(bench, node.inputs[site.index], (site.tensor, decision.spec))
+        elif role == "weight":
+            node.inputs[site.index] = dequantized_weight(bench, node, site.index, bench.weights[site])
+        elif role == "output":
+            key = (site.tensor, decision.spec)
+            dequantized(bench, node.outputs[site.index], key, everyone=True)
+            _absorb(node, bench.activations[key])
 
 
 def dequantized(bench: Workbench, tensor: gs.Tensor, key: tuple[str, Spec], *, everyone: bool = False) -> gs.Tensor:
@@ -39,7 +45,7 @@ def dequantized(bench: Workbench, tensor: gs.Tensor, key: tuple[str, Spec], *, e
 
     Args:
         bench: The graph under work.
-        tensor: Float tensor of any shape; not looked at when the pair is there already.
+        tensor: Float tensor of any shape; not looked at when the pair is there already. A constant is stored as codes.
         key: Name of the tensor in the float graph, and its spec.
         everyone: All readers of ``tensor``, the graph's outputs included, read the result: an integer kernel with a
             quantizer behind it must have no other reader.
@@ -47,8 +53,14 @@ def dequantized(bench: Workbench, tensor: gs.Tensor, key: tuple[str, Spec], *, e
     made = ("activation", *key)
     if made in bench.made:
         return bench.made[made]
-    name, readers = key[0], list(tensor.outputs)
-    scale, zero = _scale_constants(bench, name, bench.activations[key])
+    params, name = bench.activations[key], key[0]
+    constant = weight_of(tensor)
+    if constant is not None:
+        codes = quantize(np.asarray(constant.values(), dtype=np.float32), params)
+        bench.made[made] = _stored(bench, made, tensor, codes)
+        return bench.made[made]
+    readers = list(tensor.outputs)
+    scale, zero = _scale_constants(bench, name, params)
     quantized = bench.variable(f"{name}_QuantizeLinear_Output")
     result = bench.variable(f"{name}_DequantizeLinear_Output", tensor)
     bench.node("QuantizeLinear", f"{name}_QuantizeLinear", [tensor, scale, zero], quantized)
@@ -63,44 +75,86 @@ def dequantized_weight(bench: Workbench, node: gs.Node, slot: int, qarray: QArra
     """Return the DequantizeLinear output that stands for the weight at ``node.inputs[slot]``; made once per codes."""
     weight = weight_of(node.inputs[slot])
     assert weight is not None
-    name = node.inputs[slot].name
     key = ("weight", weight.key, qarray.params.spec, id(qarray))
     if key not in bench.made:
-        codes = bench.constant(f"{name}_quantized", qarray.q, qarray.params.spec.format.onnx_type)
-        scale, zero = _scale_constants(bench, name, qarray.params)
-        result = bench.variable(f"{name}_DequantizeLinear_Output", node.inputs[slot])
-        attrs = _axis_attributes(qarray)
-        bench.node("DequantizeLinear", f"{name}_DequantizeLinear", [codes, scale, zero], result, attrs)
-        bench.made[key] = result
+        bench.made[key] = _stored(bench, key, node.inputs[slot], qarray)
     return bench.made[key]
 
 
+def _stored(bench: Workbench, key: tuple[object, ...], real: gs.Tensor, qarray: QArray) -> gs.Tensor:
+    """Return the output of a DequantizeLinear behind the stored codes of a constant; ``key`` stands for the codes."""
+    name = real.name
+    codes = bench.shared_constant(("codes", *key), f"{name}_quantized", qarray.q, qarray.params.spec.format.onnx_type)
+    scale, zero = _scale_constants(bench, name, qarray.params)
+    result = bench.variable(f"{name}_DequantizeLinear_Output", real)
+    bench.node("DequantizeLinear", f"{name}_DequantizeLinear", [codes, scale, zero], result, _axis_attributes(qarray))
+    return result
+
+
 def _insert_bias(bench: Workbench, node: gs.Node, slot: int, data: QParams, weight: QParams) -> None:
-    """Store a bias [out] as int32 with scale s_x * s_w, unless that would overflow or underflow."""
-    bias = weight_of(node.inputs[slot])
-    if bias is None or len(bias.shape) != 1:
+    """Store a bias of one value per output channel as int32 with scale s_x * s_w, unless it would not fit."""
+    bias, product = weight_of(node.inputs[slot]), weight_of(node.inputs[1])
+    if bias is None or product is None or bias.shape[:-1] != (1,) * (len(bias.shape) - 1):
         return
-    real = bias.values().astype(np.float64)
-    scale = np.broadcast_to((data.scale * weight.scale.reshape(-1)).astype(np.float32), real.shape)
+    scale = np.asarray(data.scale * weight.scale, dtype=np.float32).reshape(-1)
+    channels = product.shape[weight.spec.granularity.axis] if weight.spec.granularity.axis is not None else None
+    real = bias.values().astype(np.float64).reshape(-1)
+    if channels not in (None, len(real)):
+        return  # A broadcast bias, or one scale for several channels (groups of a ConvTranspose).
     codes = np.rint(real / scale.astype(np.float64))
     if scale.min(initial=np.inf) < np.finfo(np.float32).tiny or np.abs(codes).max(initial=0) >= 2**31 - 1:
         return  # A float bias is exact; the kernel it costs is cheaper than a wrong sum.
     name = node.inputs[slot].name
     result = bench.variable(f"{name}_DequantizeLinear_Output", node.inputs[slot])
+    result.shape = list(real.shape)
     integers = bench.constant(f"{name}_quantized", codes.astype(np.int32), "INT32")
-    scales = bench.constant(f"{name}_scale", np.ascontiguousarray(scale), "FLOAT")
-    bench.node("DequantizeLinear", f"{name}_DequantizeLinear", [integers, scales], result, {"axis": 0})
+    scales = bench.constant(f"{name}_scale", scale if channels else scale.reshape(()), "FLOAT")
+    bench.node(
+        "DequantizeLinear", f"{name}_DequantizeLinear", [integers, scales], result, {"axis": 0} if channels else {}
+    )
     node.inputs[slot] = result
 
 
+def _absorb(node: gs.Node, params: QParams) -> None:
+    """Take a Relu or Clip out from before its quantizer when the codes end where it cuts: rounding is monotonic.
+
+    What is smaller than the lower limit then gets the lowest code with and without it, and so at the upper end.
+    """
+    if node.op not in ("Relu", "Clip") or not params.spec.format.is_integer:
+        return
+    limits = _limits(node)
+    if limits is None:
+        return
+    ends = quantize(np.asarray(limits, dtype=np.float32), params).q.astype(np.float64)
+    if ends[0] == params.spec.qmin and ends[1] == params.spec.qmax:
+        for reader in list(node.outputs[0].outputs):
+            reader.inputs[0] = node.inputs[0]
+
+
+def _limits(node: gs.Node) -> tuple[float, float] | None:
+    """Return where a Relu or Clip cuts; None when that is only known at run time."""
+    if node.op == "Relu":
+        return 0.0, np.inf
+    limits = [float(node.attrs.get("min", -np.inf)), float(node.attrs.get("max", np.inf))]  # attributes before opset 11
+    for index, tensor in enumerate(node.inputs[1:3]):
+        if isinstance(tensor, gs.Constant):
+            limits[index] = float(values(tensor).reshape(()))
+        elif not tensor.is_empty():
+            return None
+    return limits[0], limits[1]
+
+
 def _scale_constants(bench: Workbench, name: str, params: QParams) -> tuple[gs.Constant, gs.Constant]:
+    """Return scale and zero point; the scale has the type that DequantizeLinear is to give."""
     spec = params.spec
     blocked = spec.granularity.block_size > 0
     scale = params.scale if blocked else params.scale.reshape(() if spec.granularity.axis is None else (-1,))
     zero = np.zeros(scale.shape, spec.format.dtype) if params.zero_point is None else params.zero_point
+    scale_type = FORMATS.get(spec.format.scale_format).onnx_type
+    key = (name, spec, scale.tobytes(), zero.tobytes())
     return (
-        bench.constant(f"{name}_scale", scale, "FLOAT"),
-        bench.constant(f"{name}_zero_point", zero.reshape(scale.shape), spec.format.onnx_type),
+        bench.shared_constant(("scale", *key), f"{name}_scale", scale, scale_type),
+        bench.shared_constant(("zero", *key), f"{name}_zero_point", zero.reshape(scale.shape), spec.format.onnx_type),
     )
 
 
@@ -117,9 +171,9 @@ def _redirect(bench: Workbench, tensor: gs.Tensor, result: gs.Tensor, readers: l
         for i, entry in enumerate(reader.inputs):
             if entry is tensor:
                 reader.inputs[i] = result
-    for i, entry in enumerate(bench.graph.outputs):
+    for i, entry in enumerate(bench.scope.outputs):
         if entry is tensor:  # The output keeps its name and type; what feeds the quantizer is renamed.
             public = tensor.name
             tensor.name = bench.fresh(f"{public}_QuantizeLinear_Input")
             result.name, result.dtype, result.shape = public, tensor.dtype, tensor.shape
-            bench.graph.outputs[i] = result
+            bench.scope.outputs[i] = result

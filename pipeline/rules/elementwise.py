@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from . import OpRule, add
+from . import OpRule, add, add_each
 
-for _op in ("Add", "Mul", "Sub"):
+for _op in ("Add", "Mul", "Sub", "Div"):
     add(OpRule(op=_op, kind="elementwise", data=(0, 1), reason="computes on codes when all its inputs are codes"))
-for _op in ("AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"):
-    add(OpRule(op=_op, kind="elementwise", data=(0,), reason="computes on codes when its input is codes"))
-for _op in ("Relu", "Clip"):
-    add(OpRule(op=_op, kind="absorbed", data=(0,), reason="absorbed by the quantizer behind it"))
+add_each(
+    ("AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid"),
+    "elementwise",
+    "computes on codes when its input is codes",
+)
+add_each(("Relu", "Clip"), "absorbed", "absorbed by the quantizer behind it, whose codes end where it cuts")

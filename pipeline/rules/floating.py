@@ -2,36 +2,86 @@
 
 from __future__ import annotations
 
-from . import OpRule, add
+from . import MICROSOFT, add_each
 
 _NORMALIZATION = "normalization divides by a small statistic; codes of 8 bits ruin it and no kernel gains"
 _PROBABILITY = "its values span many orders of magnitude below 1; 8 bits would zero the small ones"
 _SMOOTH = "smooth nonlinearity between quantized layers; no integer kernel gains"
 _REDUCTION = "sums need more bits than the codes have"
 _MASK = "mask and selection arithmetic, whose sentinels must never enter a range"
+_ATTENTION = "products of activations (attention): float keeps their accuracy"
+_RECURRENT = "recurrent: errors of codes add up from step to step, and its kernels take float"
+_CONTROL = "runs its bodies; the nodes inside are decided one by one"
+_PLACES = "gives places or sizes, not values"
 
-_REASONS = {
-    **dict.fromkeys(
-        (
-            "LayerNormalization",
-            "BatchNormalization",
-            "InstanceNormalization",
-            "GroupNormalization",
-            "RMSNormalization",
-            "SimplifiedLayerNormalization",
-            "SkipLayerNormalization",
-            "LpNormalization",
-        ),
-        _NORMALIZATION,
+add_each(
+    (
+        "LayerNormalization",
+        "BatchNormalization",
+        "InstanceNormalization",
+        "GroupNormalization",
+        "RMSNormalization",
+        "SimplifiedLayerNormalization",
+        "MeanVarianceNormalization",
+        "LpNormalization",
+        "LRN",
     ),
-    **dict.fromkeys(("Softmax", "LogSoftmax", "Exp", "Log"), _PROBABILITY),
-    **dict.fromkeys(("Gelu", "Erf", "Tanh", "Elu", "HardSwish", "HardSigmoid", "Mish", "Softplus", "Swish"), _SMOOTH),
-    **dict.fromkeys(
-        ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2", "ReduceProd", "CumSum"), _REDUCTION
+    "float",
+    _NORMALIZATION,
+)
+add_each(("Softmax", "LogSoftmax", "Exp", "Log"), "float", _PROBABILITY)
+add_each(
+    (
+        "Celu",
+        "Elu",
+        "Erf",
+        "Gelu",
+        "HardSigmoid",
+        "HardSwish",
+        "Mish",
+        "PRelu",
+        "Selu",
+        "Softplus",
+        "Softsign",
+        "Swish",
+        "Tanh",
     ),
-    **dict.fromkeys(("Where", "Greater", "Less", "Equal", "And", "Or", "Not", "GreaterOrEqual", "Trilu"), _MASK),
-    **dict.fromkeys(("Div", "Pow", "Sqrt", "Reciprocal", "Neg", "Abs", "Min", "Max"), "no integer kernel gains"),
-}
+    "float",
+    _SMOOTH,
+)
+add_each(
+    ("CumSum", "ReduceL1", "ReduceL2", "ReduceLogSumExp", "ReduceMean", "ReduceProd", "ReduceSum", "ReduceSumSquare"),
+    "float",
+    _REDUCTION,
+)
+add_each(
+    ("And", "Equal", "Greater", "GreaterOrEqual", "IsInf", "IsNaN", "Less", "LessOrEqual", "Not", "Or", "Trilu", "Xor"),
+    "float",
+    _MASK,
+)
+add_each(
+    ("Abs", "Ceil", "Cos", "Floor", "Max", "Min", "Mod", "Neg", "Pow", "Reciprocal", "Round", "Sign", "Sin", "Sqrt"),
+    "float",
+    "no integer kernel gains",
+)
+add_each(("LSTM", "GRU", "RNN"), "float", _RECURRENT)
+add_each(("Attention", "RotaryEmbedding"), "float", _ATTENTION)
+add_each(("If", "Loop", "Scan"), "float", _CONTROL)
+add_each(("ArgMax", "ArgMin", "NonMaxSuppression", "NonZero", "OneHot", "Range", "Shape", "Size"), "float", _PLACES)
+add_each(("Cast", "CastLike", "Constant", "ConstantOfShape"), "float", "makes or converts values, does not compute")
+add_each(("Einsum",), "float", "only an Einsum that is a product with a matrix is rewritten to MatMul and quantized")
+add_each(("ScatterElements", "ScatterND"), "float", "overwrites parts of a tensor; no integer kernel gains")
 
-for _op, _reason in _REASONS.items():
-    add(OpRule(op=_op, kind="float", reason=_reason))
+add_each(
+    ("Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedMultiHeadAttention", "RotaryEmbedding"),
+    "float",
+    _ATTENTION,
+    domain=MICROSOFT,
+)
+add_each(
+    ("EmbedLayerNormalization", "GroupNorm", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"),
+    "float",
+    _NORMALIZATION,
+    domain=MICROSOFT,
+)
+add_each(("BiasGelu", "FastGelu", "Gelu", "QuickGelu"), "float", _SMOOTH, domain=MICROSOFT)

@@ -28,5 +28,28 @@ def _gemm_in(node: gs.Node, _rank: int) -> int | None:
     return 1 if node.attrs.get("transB", 0) else 0
 
 
-add(OpRule(op="MatMul", kind="weighted", data=(0,), weight=1, out_axis=_matmul_out, in_axis=_matmul_in))
-add(OpRule(op="Gemm", kind="weighted", data=(0,), weight=1, bias=2, out_axis=_gemm_out, in_axis=_gemm_in))
+_REASON = "multiplies by a weight: runs on codes"
+
+add(
+    OpRule(
+        op="MatMul",
+        kind="weighted",
+        data=(0, 1),
+        weight=1,
+        out_axis=_matmul_out,
+        in_axis=_matmul_in,
+        reason=_REASON,
+    )
+)
+add(
+    OpRule(
+        op="Gemm",
+        kind="weighted",
+        data=(0, 1),
+        weight=1,
+        bias=2,
+        out_axis=_gemm_out,
+        in_axis=_gemm_in,
+        reason=_REASON,
+    )
+)

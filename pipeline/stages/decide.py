@@ -1,53 +1,51 @@
 """Decide: graph, calibration, recipe and target become a `Plan`; nothing is changed here.
 
-Three steps. *Seeds*: operators with a weight (Conv, Gemm, MatMul ...) that the recipe and the target admit.
-*Growth*: where a seed's integer kernel needs a quantizer behind it, its output is codes, and operators that compute on
-codes or move them join in while all their inputs are codes. *Pruning*: operators that only move codes leave again when
-nothing behind them reads codes. Every considered site gets a decision, and one that stays in float a reason.
+Every node gets decisions, and one that stays in float a reason. Operators that multiply by a weight are decided on
+their own (`_weighted`); around them regions of codes grow and are pruned (see `regions`). Each graph, the main one and
+every body of If, Loop and Scan, is decided for itself.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
 
+import onnx
 import onnx_graphsurgeon as gs
 
+from ...calibrate.errors import DataError
+from ...calibrate.formats import FORMATS
+from ...calibrate.granularity import per_channel
 from ...calibrate.qarray import Spec
 from ..calibration import Calibration
-from ..constants import FLOATS, dtype_name, weight_of
-from ..patterns import matches, require_matches
+from ..constants import QUANTIZABLE, Weight, dtype_name, weight_of
+from ..graph import all_graphs
+from ..patterns import require_matches
 from ..plan import Decision, Plan, Site
 from ..recipe import Recipe, make_recipe
-from ..rules import RULES, OpRule
-from ..targets import TARGETS, Target
+from ..rules import OpRule, rule_of
+from ..targets import TARGETS
+from . import outliers
+from .context import PER_CHANNEL_OPSET, Context
 from .regions import Regions
 
 DEFAULT_ALGORITHM = "rtn"
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Context:
-    """What a decision depends on."""
-
-    recipe: Recipe
-    target: Target
-    calibration: Calibration | None
-    layers: tuple[tuple[str, Recipe], ...] = ()
-
-    def recipe_for(self, node: gs.Node) -> Recipe:
-        """Return the recipe of one node: that of the first layer entry that matches it."""
-        for pattern, recipe in self.layers:
-            if matches(pattern, node):
-                return recipe
-        return self.recipe
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class _Draft:
-    """Decisions in the making, by node name."""
+    """Decisions in the making, by node name.
+
+    Attributes:
+        decisions: What was decided so far.
+        inside: Where the graph under work is, ``""`` for the main graph.
+    """
 
     decisions: dict[str, list[Decision]] = field(default_factory=dict)
+    inside: str = ""
 
     def put(self, node: gs.Node, slot: str, role: str, spec: Spec | None, reason: str, form: str = "qdq") -> None:
         tensor = _tensor_at(node, slot)
@@ -55,14 +53,27 @@ class _Draft:
         entry = Decision(site=site, op=node.op, spec=spec, reason=reason, form=form)
         self.decisions.setdefault(node.name, []).append(entry)
 
-    def put_weight(self, node: gs.Node, slot: str, spec: Spec, recipe: Recipe) -> None:
-        self.put(node, slot, "weight", spec, "weight of a quantized operator", recipe.form)
+    def keep(self, node: gs.Node, reason: str) -> None:
+        self.put(node, "", "node", None, f"{self.inside}: {reason}" if self.inside else reason)
+
+    def of(self, node: gs.Node) -> list[Decision]:
+        """Return the decisions of one node: inputs in order, then outputs."""
+        return sorted(self.decisions[node.name], key=lambda d: (d.site.role == "output", d.site.slot))
+
+    def put_weight(self, node: gs.Node, slot: str, spec: Spec, recipe: Recipe, reason: str) -> None:
+        self.put(node, slot, "weight", spec, reason, recipe.form)
         assert recipe.weights is not None
         entries = self.decisions[node.name]
-        entries[-1] = dataclasses.replace(entries[-1], algorithm=recipe.weights.algorithm or DEFAULT_ALGORITHM)
+        entries[-1] = replace(entries[-1], algorithm=recipe.weights.algorithm or DEFAULT_ALGORITHM)
 
 
-def decide(graph: gs.Graph, recipe: Recipe, calibration: Calibration | None, model_hash: str = "") -> Plan:
+def decide(
+    graph: gs.Graph,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    model_hash: str = "",
+    functions: Collection[onnx.FunctionProto] = (),
+) -> Plan:
     """Decide for every node and tensor how it is stored.
 
     Args:
@@ -70,163 +81,222 @@ def decide(graph: gs.Graph, recipe: Recipe, calibration: Calibration | None, mod
         recipe: What the user asks.
         calibration: Statistics; None is enough when no activation gets a static scale.
         model_hash: Of the float model, recorded in the plan.
+        functions: Model-local functions, which are kept as they are.
 
     Returns:
         The plan; `Plan.quantized` may be empty, the reasons are in the decisions.
 
     Raises:
+        DataError: The recipe needs statistics and there are none.
         RecipeError: A pattern matches no node, or an unknown target or format.
     """
-    layers = tuple((entry.match, _layer_recipe(recipe, entry.scheme)) for entry in recipe.layers)
-    target = TARGETS.get(recipe.target)
-    require_matches([*recipe.include, *recipe.exclude, *(pattern for pattern, _ in layers)], graph.nodes)
-    context = Context(recipe=recipe, target=target, calibration=calibration, layers=layers)
-    draft, regions = _Draft(), Regions(graph=graph, target=target)
-    for node in graph.nodes:
-        _decide_node(node, context, draft, regions)
-    regions.prune()
-    for node, rule in regions.members():
-        _decide_member(node, rule, context, draft, regions)
-    ordered = [d for node in graph.nodes for d in draft.decisions.get(node.name, [])]
-    return Plan(
-        decisions=tuple(ordered),
-        groups=regions.groups(),
-        target=target.name,
+    context = _context(graph, recipe, calibration, functions)
+    nodes = [node for inner in all_graphs(graph) for node in inner.nodes]
+    require_matches([*recipe.include, *recipe.exclude, *(pattern for pattern, _ in context.layers)], nodes)
+    if calibration is None and any(context.is_static(node) for node in nodes):
+        raise DataError(
+            "the recipe gives activations scales from statistics, and there are none",
+            expected="data to calibrate with, or a statistics file",
+            do="pass --data or --calib, or choose a scheme without static activations",
+        )
+    draft, groups = _Draft(), dict[str, str]()
+    for inner, draft.inside in _scopes(graph):
+        groups.update(_decide_graph(inner, context, draft))
+    decisions = [d for node in nodes for d in draft.of(node)] + _inside_functions(functions)
+    plan = Plan(
+        decisions=tuple(decisions),
+        groups=groups,
+        target=context.target.name,
         recipe_hash=recipe.digest(),
         model_hash=model_hash,
     )
+    if not plan.quantized():
+        reason = decisions[0].reason if decisions else "the graph has no nodes"
+        _LOG.warning("nothing was quantized; of %d nodes the first: %s", len(nodes), reason)
+    return plan
 
 
 def wanted_tensors(graph: gs.Graph) -> list[str]:
-    """Return the float tensors whose statistics some rule may ask for, in topological order.
+    """Return the float tensors whose statistics some rule may ask for, in topological order, those in bodies too.
 
     These are the data inputs and the outputs of every operator that has a rule and is no ``float`` one.
     """
     wanted: dict[str, None] = {}
-    for node in graph.nodes:
-        if node.op not in RULES or RULES.get(node.op).kind == "float":
+    for node in (node for inner in all_graphs(graph) for node in inner.nodes):
+        rule = rule_of(node)
+        if rule is None or rule.kind == "float":
             continue
-        rule = RULES.get(node.op)
         for tensor in [t for _, t in rule.data_inputs(node)] + list(node.outputs):
-            if not isinstance(tensor, gs.Constant) and not tensor.is_empty() and dtype_name(tensor) in FLOATS:
+            if not tensor.is_empty() and dtype_name(tensor) in QUANTIZABLE and weight_of(tensor) is None:
                 wanted[tensor.name] = None
     return list(wanted)
 
 
-def _layer_recipe(recipe: Recipe, scheme: str) -> Recipe:
-    return make_recipe(scheme=scheme, target=recipe.target, method=recipe.method)
+def _context(
+    graph: gs.Graph, recipe: Recipe, calibration: Calibration | None, functions: Collection[onnx.FunctionProto]
+) -> Context:
+    def of_layer(scheme: str) -> Recipe:
+        return make_recipe(scheme=scheme, target=recipe.target, method=recipe.method)
+
+    return Context(
+        recipe=recipe,
+        target=TARGETS.get(recipe.target),
+        calibration=calibration,
+        opset=int(graph.opset),
+        layers=tuple((entry.match, of_layer(entry.scheme)) for entry in recipe.layers),
+        functions={(function.domain, function.name) for function in functions},
+    )
 
 
-def _decide_node(node: gs.Node, context: Context, draft: _Draft, regions: Regions) -> None:
-    if node.op not in RULES:
-        draft.put(node, "", "node", None, f"no rule for {node.op}: it is left as it is")
-        return
-    rule = RULES.get(node.op)
-    refusal = rule.reason if rule.kind == "float" else _refusal(node, rule, context)
+def _scopes(graph: gs.Graph, inside: str = "") -> Iterator[tuple[gs.Graph, str]]:
+    """Yield the main graph and all bodies, outer before inner, each with the words for where it is."""
+    yield graph, inside
+    for node in graph.nodes:
+        for name, value in node.attrs.items():
+            if isinstance(value, gs.Graph):
+                yield from _scopes(value, f"inside {node.op} {node.name!r}, {name}")
+
+
+def _inside_functions(functions: Collection[onnx.FunctionProto]) -> list[Decision]:
+    found = []
+    for function in functions:
+        for index, node in enumerate(function.node):
+            path = f"{function.domain}::{function.name}/{node.name or f'{node.op_type}_{index}'}"
+            site = Site(node=path, slot="", tensor="", role="node")
+            reason = f"kept: inside the model-local function {function.name}"
+            found.append(Decision(site=site, op=node.op_type, spec=None, reason=reason))
+    return found
+
+
+def _decide_graph(graph: gs.Graph, context: Context, draft: _Draft) -> dict[str, str]:
+    """Decide the nodes of one graph, and return which of its tensors share a scale."""
+    regions = Regions(graph, context)
+    for node in graph.nodes:
+        refusal = _decide_node(node, context, draft, regions)
+        if refusal:
+            draft.keep(node, refusal)
+    regions.prune()
+    for node in graph.nodes:
+        if regions.is_pruned(node):
+            draft.keep(node, "moves values from codes to float operators: nothing behind it reads codes")
+    for node, rule in regions.members():
+        _decide_member(node, rule, context, draft, regions)
+    return regions.groups()
+
+
+def _decide_node(node: gs.Node, context: Context, draft: _Draft, regions: Regions) -> str:
+    """Decide one node; return why it stays in float, ``""`` when it does not or when its neighbours settle that."""
+    domain = node.domain or ""
+    if (domain, node.op) in context.functions:
+        return f"kept: call of the model-local function {node.op}"
+    rule = rule_of(node)
+    if rule is None:
+        return f"no rule for {f'{domain}::' if domain else ''}{node.op}: it is left as it is"
+    if rule.kind == "float":
+        return rule.reason
+    refusal = context.refusal(node, rule)
     if refusal:
-        draft.put(node, "", "node", None, refusal)
-    elif rule.kind == "weighted":
-        _decide_weighted(node, rule, context, draft, regions)
-    elif not regions.grow(node, rule):
-        draft.put(node, "", "node", None, regions.why_not(node, rule))
+        return refusal
+    if rule.kind == "weighted":
+        return _weighted(node, rule, context, draft, regions)
+    if not context.is_static(node):
+        return "computes on codes only behind a static scale, which this recipe does not give"
+    return regions.join(node, rule)
 
 
-def _refusal(node: gs.Node, rule: OpRule, context: Context) -> str:
-    """Return why a node stays in float whatever its neighbours do, ``""`` when nothing speaks against it."""
-    recipe = context.recipe
-    for pattern in recipe.exclude:
-        if matches(pattern, node):
-            return f"excluded by the pattern {pattern!r}"
-    if recipe.include and not any(matches(pattern, node) for pattern in recipe.include):
-        return "no --include pattern matches it"
-    if context.recipe_for(node).weights is None and context.recipe_for(node).activations is None:
-        return "the recipe leaves this layer in float"
-    if node.op not in context.target.kernels:
-        return f"the target {context.target.name} has no integer kernel for {node.op}"
-    for _, tensor in rule.data_inputs(node):
-        if dtype_name(tensor) not in FLOATS:
-            return f"its input {tensor.name!r} is {dtype_name(tensor) or 'of unknown type'}, not float"
-        if not isinstance(tensor, gs.Constant) and context.calibration is not None:
-            refusal = _bad_statistics(tensor.name, context.calibration)
-            if refusal:
-                return refusal
-    return ""
-
-
-def _bad_statistics(tensor: str, calibration: Calibration) -> str:
-    if tensor not in calibration.tensors:
-        return f"no statistics: {tensor!r} was not seen during calibration"
-    histogram = calibration.tensors[tensor].histogram
-    if histogram.extrema.sentinel:
-        return f"{tensor!r} holds {histogram.extrema.sentinel} mask sentinels (over 1e30), which no scale can hold"
-    if histogram.finite == 0:
-        return f"no statistics: {tensor!r} held no finite value during calibration"
-    return ""
-
-
-def _decide_weighted(node: gs.Node, rule: OpRule, context: Context, draft: _Draft, regions: Regions) -> None:
-    recipe, target = context.recipe_for(node), context.target
-    slot = rule.weight
-    weight = weight_of(node.inputs[slot]) if slot is not None and slot < len(node.inputs) else None
-    if weight is None:
-        if not target.static_attention:
-            draft.put(node, "", "node", None, "both inputs are activations (attention): float keeps its accuracy")
-            return
-        _decide_activations_only(node, recipe, target, draft, regions)
-        return
-    if recipe.weights is None:
-        draft.put(node, "", "node", None, "the recipe leaves weights in float")
-        return
-    rank = len(weight.shape)
-    pair_limit = target.pair_limit if recipe.activations is not None else 0
-    spec = recipe.weights.spec(rule.out_axis(node, rank), rule.in_axis(node, rank), pair_limit)
-    needs_output = node.op in target.needs_output
-    if recipe.activations is not None and needs_output and not regions.can_carry_output(node, context.calibration):
-        draft.put(node, "", "node", None, "its output has no statistics, and its integer kernel needs them")
-        return
-    if recipe.activations is not None:
-        _put_activation(node, 0, recipe, target, draft)
-        regions.seed(node, rule)
-    draft.put_weight(node, f"in{slot}", spec, recipe)
+def _weighted(node: gs.Node, rule: OpRule, context: Context, draft: _Draft, regions: Regions) -> str:
+    """Decide an operator with a weight; return why it stays in float, ``""`` when it is quantized."""
+    recipe = context.recipe_for(node)
+    assert rule.weight is not None
+    weight = weight_of(node.inputs[rule.weight])
+    if weight is None or recipe.weights is None:
+        return _without_weight(node, rule, context, regions)
+    if recipe.form == "outlier":
+        return _outlier(node, rule.weight, weight, context, draft)
+    spec = context.weight_spec(node, rule, weight)
+    if context.is_static(node):
+        why = _seed(node, rule, context, regions)
+        if why:
+            return why
+    elif recipe.activations is not None:
+        spec_of_data = context.activation_spec(node, node.inputs[0])
+        draft.put(node, "in0", "activation", spec_of_data, "scaled at run time", recipe.form)
+    reason = "weight of a quantized operator"
+    if context.opset < PER_CHANNEL_OPSET and recipe.weights.granularity == "channel":
+        reason += f"; one scale per tensor, for opset {context.opset} has none per channel (qpipe quantize --upgrade)"
+    draft.put_weight(node, f"in{rule.weight}", spec, recipe, reason)
     if rule.bias is not None and rule.bias < len(node.inputs) and weight_of(node.inputs[rule.bias]) is not None:
-        _put_bias(node, rule.bias, recipe, target, draft)
+        _bias(node, rule.bias, context, draft)
+    return ""
 
 
-def _put_bias(node: gs.Node, slot: int, recipe: Recipe, target: Target, draft: _Draft) -> None:
-    if node.op not in target.int32_bias or recipe.activations is None or recipe.form != "qdq":
+def _outlier(node: gs.Node, slot: int, weight: Weight, context: Context, draft: _Draft) -> str:
+    """Decide a layer whose outlier columns stay in floating point; return why it stays in float as a whole."""
+    options = context.recipe_for(node).outliers
+    why = outliers.unable(node, weight, options)
+    if why:
+        return why
+    chosen = outliers.choose(node.inputs[0].name, context.calibration, options)
+    if isinstance(chosen, str):
+        return chosen
+    spec = Spec(format=FORMATS.get("int8"), granularity=per_channel(0), narrow_range=True)
+    draft.put(node, f"in{slot}", "weight", spec, outliers.describe(chosen), "outlier")
+    entries = draft.decisions[node.name]
+    columns = tuple(int(c) for c in chosen.index)
+    entries[-1] = replace(entries[-1], columns=columns, limit=chosen.limit * options.headroom)
+    return ""
+
+
+def _without_weight(node: gs.Node, rule: OpRule, context: Context, regions: Regions) -> str:
+    recipe = context.recipe_for(node)
+    constants = [t for _, t in rule.data_inputs(node) if weight_of(t) is not None]
+    if recipe.weights is None and constants:
+        return "the recipe leaves weights in float"
+    if not constants and node.op not in ("MatMul", "Gemm"):
+        return "its weight is computed at run time"
+    if not constants and not context.target.static_attention:
+        return "both inputs are activations (attention): float keeps its accuracy"
+    if not context.is_static(node):
+        return "its weight is not where codes of it could be stored: it is the left operand, or computed at run time"
+    return _seed(node, rule, context, regions)
+
+
+def _seed(node: gs.Node, rule: OpRule, context: Context, regions: Regions) -> str:
+    """Start a region at a node, unless a tensor of it is unfit for a static scale; then return why."""
+    gives_codes = node.op in context.target.needs_output
+    needed = [t for slot, t in rule.data_inputs(node) if slot != rule.weight or weight_of(t) is None]
+    if gives_codes:
+        needed.append(regions.quantizer_place(node))
+    unfit = next((why for tensor in needed if (why := context.unfit(tensor))), "")
+    if not unfit:
+        regions.seed(node, rule, gives_codes=gives_codes)
+    return unfit
+
+
+def _bias(node: gs.Node, slot: int, context: Context, draft: _Draft) -> None:
+    scaled = any(float(node.attrs.get(name, 1.0)) != 1.0 for name in ("alpha", "beta"))
+    integer = node.op in context.target.int32_bias and context.is_static(node) and not scaled
+    if integer and dtype_name(node.inputs[slot]) == "float32":
+        reason = "int32 with scale s_x * s_w, as the integer kernel takes it"
+        draft.put(node, f"in{slot}", "bias", None, reason, "int32")
+    else:
         draft.put(node, f"in{slot}", "bias", None, "a float bias costs nothing here")
-        return
-    draft.put(node, f"in{slot}", "bias", None, "int32 with scale s_x * s_w, as the integer kernel takes it", "int32")
-
-
-def _decide_activations_only(node: gs.Node, recipe: Recipe, target: Target, draft: _Draft, regions: Regions) -> None:
-    if recipe.activations is None:
-        draft.put(node, "", "node", None, "the recipe leaves activations in float")
-        return
-    for slot in (0, 1):
-        _put_activation(node, slot, recipe, target, draft)
-    regions.seed(node, RULES.get(node.op))
-
-
-def _put_activation(node: gs.Node, slot: int, recipe: Recipe, target: Target, draft: _Draft) -> None:
-    assert recipe.activations is not None
-    spec = recipe.activations.spec(target.activation_format, target.activation_symmetric)
-    draft.put(node, f"in{slot}", "activation", spec, "input of an integer kernel", recipe.form)
 
 
 def _decide_member(node: gs.Node, rule: OpRule, context: Context, draft: _Draft, regions: Regions) -> None:
-    """Write the decisions of one node of a region: its inputs (unless it is a seed) and its output."""
-    recipe, target = context.recipe_for(node), context.target
-    assert recipe.activations is not None
-    if rule.kind != "weighted":
-        for slot, _ in rule.data_inputs(node):
-            _put_activation(node, slot, recipe, target, draft)
-    spec = recipe.activations.spec(target.activation_format, target.activation_symmetric)
+    """Write the decisions of one node of a region: the inputs that it reads as codes, and its output."""
+    form = context.recipe_for(node).form
+    decided = {d.site.slot for d in draft.decisions.get(node.name, []) if d.site.role == "weight"}
+    for slot, tensor in rule.data_inputs(node):
+        if f"in{slot}" not in decided:
+            spec = context.activation_spec(node, tensor)
+            reason = "constant beside codes" if weight_of(tensor) is not None else "input of an integer kernel"
+            draft.put(node, f"in{slot}", "activation", spec, reason, form)
     for tensor in regions.code_outputs(node):
         producer = tensor.inputs[0]
         slot = next(i for i, output in enumerate(producer.outputs) if output is tensor)
         reason = "its integer kernel gives codes" if producer is node else f"absorbed by the quantizer of {node.name}"
-        draft.put(producer, f"out{slot}", "output", spec, reason, recipe.form)
+        draft.put(producer, f"out{slot}", "output", context.activation_spec(node, tensor), reason, form)
 
 
 def _tensor_at(node: gs.Node, slot: str) -> gs.Tensor | None:

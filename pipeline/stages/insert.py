@@ -5,6 +5,8 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from ..forms import FORMS, Workbench
+from ..graph import all_graphs
+from ..ordering import sort_nodes
 from ..plan import Decision, Plan
 
 
@@ -19,9 +21,13 @@ def insert(plan: Plan, bench: Workbench) -> gs.Graph:
     for decision in plan.decisions:
         if decision.spec is not None or decision.form != "qdq":
             by_node.setdefault(decision.site.node, []).append(decision)
-    nodes = {node.name: node for node in bench.graph.nodes}
-    for name, decisions in by_node.items():
-        form = next((d.form for d in decisions if d.site.role != "bias"), "qdq")
-        FORMS.get(form)(bench, nodes[name], decisions)
-    bench.graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    for scope in list(all_graphs(bench.graph)):
+        bench.enter(scope)
+        for node in list(scope.nodes):
+            decisions = by_node.get(node.name, [])
+            form = next((d.form for d in decisions if d.site.role != "bias"), "qdq")
+            if decisions:
+                FORMS.get(form)(bench, node, decisions)
+    bench.graph.cleanup(remove_unused_graph_inputs=False)
+    sort_nodes(bench.graph)
     return bench.graph

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 from ...calibrate.errors import ModelError
 from ...calibrate.qarray import QArray
+from ...calibrate.weights import WEIGHT_METHODS
 from ..calibration import Calibration
+from ..constants import constant_statistics
 from ..forms import Workbench
-from ..graph import Model
+from ..graph import Model, all_graphs
 from ..plan import Plan, Site
 from ..recipe import Recipe, make_recipe
 from .decide import decide
@@ -54,9 +57,25 @@ class QuantizeOptions:
 
 
 def needs_statistics(recipe: Recipe) -> bool:
-    """Whether a recipe gives some activation a static scale."""
+    """Whether a recipe asks for something that only data can tell: static scales, outlier columns, input statistics."""
     parts = [recipe, *(make_recipe(scheme=entry.scheme) for entry in recipe.layers)]
-    return any(part.activations is not None and not part.activations.dynamic for part in parts)
+    return needed_detail(recipe) != "none" or any(
+        part.activations is not None and not part.activations.dynamic for part in parts
+    )
+
+
+def needed_detail(recipe: Recipe) -> str:
+    """Return what a recipe needs to know of layer inputs beside their histograms; see `stages.details`."""
+    parts = [recipe, *(make_recipe(scheme=entry.scheme) for entry in recipe.layers)]
+    needs = {need for part in parts for need in _needs(part)}
+    return "gram" if "gram" in needs else "channels" if needs else "none"
+
+
+def _needs(recipe: Recipe) -> set[str]:
+    needs = {"channels"} if recipe.form == "outlier" else set()
+    if recipe.weights is not None and recipe.weights.algorithm:
+        needs |= WEIGHT_METHODS.resolve(recipe.weights.algorithm).needs
+    return needs
 
 
 def quantize_model(
@@ -81,13 +100,25 @@ def quantize_model(
     """
     if not options.requantize:
         refuse_quantized(model)
-    plan = decide(model.graph, recipe, calibration, model_hash)
+    plan = decide(model.graph, recipe, calibration, model_hash, model.functions)
     plan = settle_nonfinite(model.graph, plan, skip=options.skip_nonfinite)
+    if calibration is not None:
+        known = constant_statistics(model.graph, plan)
+        calibration = dataclasses.replace(calibration, tensors={**calibration.tensors, **known})
     activations = solve(plan, calibration, recipe.method)
     weights = quantize_weights(model.graph, plan, calibration)
     bench = Workbench(graph=model.graph, activations={key: s.params for key, s in activations.items()}, weights=weights)
     insert(plan, bench)
+    _add_functions(model, bench)
     return Quantized(model=lower(model, plan, recipe), plan=plan, activations=activations, weights=weights)
+
+
+def _add_functions(model: Model, bench: Workbench) -> None:
+    """Put the operators that the forms brought into the model, in place of older bodies of the same name."""
+    for function in bench.functions.values():
+        model.functions = [f for f in model.functions if (f.domain, f.name) != (function.domain, function.name)]
+        model.functions.append(function)
+        model.domains.setdefault(function.domain, 1)
 
 
 def refuse_quantized(model: Model) -> None:
@@ -96,7 +127,7 @@ def refuse_quantized(model: Model) -> None:
     Raises:
         ModelError: It holds quantized operators; quantizing codes again would only lose more.
     """
-    found = sorted({node.op for node in model.graph.nodes if node.op in QUANTIZED_OPS})
+    found = sorted({node.op for inner in all_graphs(model.graph) for node in inner.nodes if node.op in QUANTIZED_OPS})
     if found:
         raise ModelError(
             "the model is quantized already",

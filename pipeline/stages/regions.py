@@ -1,4 +1,10 @@
-"""Regions of the graph in which tensors are codes, and which of them share one scale."""
+"""Regions of a graph in which tensors are codes, and which of them share one scale.
+
+A region starts at a *seed*, an operator that multiplies by a weight, and *grows*: where a seed's output is codes,
+operators that compute on codes or move them join in while all their inputs are codes or constants. Then it is *pruned*:
+operators that only move codes leave again when nothing behind them reads codes. Regions end at the border of a body of
+If, Loop or Scan: no runtime fuses across it.
+"""
 
 from __future__ import annotations
 
@@ -7,71 +13,69 @@ from dataclasses import dataclass, field
 
 import onnx_graphsurgeon as gs
 
-from ..calibration import Calibration
-from ..constants import FLOATS, dtype_name
-from ..rules import RULES, OpRule
-from ..targets import Target
+from ..constants import FLOATS, dtype_name, weight_of
+from ..rules import OpRule
+from .context import Context
 
 
 @dataclass(slots=True)
 class Regions:
-    """Which operators compute on codes, built node by node in topological order.
+    """Which operators of one graph compute on codes, built node by node in topological order.
 
     Attributes:
-        graph: The float graph.
-        target: Names the operators whose kernel needs a quantizer behind it.
+        graph: The main graph, or a body.
+        context: Says which nodes and tensors may take part.
     """
 
     graph: gs.Graph
-    target: Target
+    context: Context
     _members: dict[str, tuple[gs.Node, OpRule]] = field(default_factory=dict)
     _codes: dict[int, gs.Tensor] = field(default_factory=dict)
     _places: dict[str, gs.Tensor] = field(default_factory=dict)
     _absorbed: set[str] = field(default_factory=set)
+    _pruned: set[str] = field(default_factory=set)
     _parent: dict[str, str] = field(default_factory=dict)
+    _outputs: set[int] = field(default_factory=set)
 
-    def seed(self, node: gs.Node, rule: OpRule) -> None:
-        """Start a region at a weighted operator; its output is codes when its kernel needs that."""
+    def __post_init__(self) -> None:
+        self._outputs = {id(tensor) for tensor in self.graph.outputs}
+
+    def seed(self, node: gs.Node, rule: OpRule, *, gives_codes: bool) -> None:
+        """Start a region at a node whose data inputs are codes, and whose output is codes too if it ``gives_codes``."""
         self._members[node.name] = (node, rule)
-        if node.op in self.target.needs_output:
+        if gives_codes:
             self._mark(node)
 
-    def can_carry_output(self, node: gs.Node, calibration: Calibration | None) -> bool:
-        """Whether the tensor behind which the quantizer would stand has statistics."""
-        tensor = self._quantizer_place(node)
-        return calibration is not None and tensor.name in calibration.tensors
-
-    def grow(self, node: gs.Node, rule: OpRule) -> bool:
-        """Let an operator join when all its data inputs are codes; whether it did."""
+    def join(self, node: gs.Node, rule: OpRule) -> str:
+        """Let an operator join when all its data inputs are codes or constants; return why it does not, or ``""``."""
         if node.name in self._absorbed:
-            return True
-        inputs = [t for _, t in rule.data_inputs(node)]
-        if rule.kind == "absorbed" or not inputs or not all(self.is_codes(t) for t in inputs):
-            return False
-        self._members[node.name] = (node, rule)
-        if rule.kind == "passthrough":
-            floats = [t for t in node.outputs if dtype_name(t) in FLOATS]
-            self._codes.update({id(tensor): tensor for tensor in floats})
-            for tensor in inputs[1:] + floats:
-                self._union(inputs[0].name, tensor.name)
-        else:
-            self._mark(node)
-        return True
-
-    def why_not(self, node: gs.Node, rule: OpRule) -> str:
-        """Return why an operator did not join."""
-        outside = [t.name for _, t in rule.data_inputs(node) if not self.is_codes(t)]
+            return ""
+        inputs = [tensor for _, tensor in rule.data_inputs(node)]
+        outside = [t for t in inputs if not self.is_codes(t) and weight_of(t) is None]
+        if outside:
+            return f"its input {outside[0].name!r} is float: quantizing for this alone would cost more than it gains"
         if rule.kind == "absorbed":
-            return "float operator between float operators"
-        return f"its input {outside[0]!r} is float: quantizing only for this operator would cost more than it gains"
+            return "no quantizer can absorb it here: it is no lone reader, or the quantizer cuts elsewhere"
+        needed = [t for t in inputs if not self.is_codes(t)]
+        if rule.kind == "elementwise":
+            needed.append(self.quantizer_place(node))
+        unfit = next((why for t in needed if (why := self.context.unfit(t))), "")
+        if not unfit:
+            self._admit(node, rule, [t for t in inputs if self.is_codes(t)])
+        return unfit
 
     def prune(self) -> None:
         """Let operators that only move codes leave again where nothing behind them reads codes."""
         for name, (node, rule) in reversed(list(self._members.items())):
             if rule.kind == "passthrough" and not any(self._reads_codes(t) for t in node.outputs):
                 del self._members[name]
+                self._pruned.add(name)
                 for tensor in node.outputs:
                     self._codes.pop(id(tensor), None)
+
+    def is_pruned(self, node: gs.Node) -> bool:
+        """Whether an operator joined and left again."""
+        return node.name in self._pruned
 
     def members(self) -> Iterator[tuple[gs.Node, OpRule]]:
         """Yield the operators of all regions with their rules, in topological order."""
@@ -90,30 +94,43 @@ class Regions:
         """Return, for every tensor that shares a scale, the name that stands for its group."""
         return {name: self._find(name) for name in self._parent}
 
+    def quantizer_place(self, node: gs.Node) -> gs.Tensor:
+        """Return where the quantizer behind ``node`` stands: behind a Relu or Clip that only ``node`` feeds."""
+        output = node.outputs[0]
+        if len(output.outputs) != 1 or id(output) in self._outputs:
+            return output
+        follower = output.outputs[0]
+        if follower.inputs[0] is not output or not self.context.absorbs(node, follower):
+            return output
+        return follower.outputs[0]
+
+    def _admit(self, node: gs.Node, rule: OpRule, codes: list[gs.Tensor]) -> None:
+        self._members[node.name] = (node, rule)
+        if rule.kind == "elementwise":
+            self._mark(node)
+            return
+        floats = [t for t in node.outputs if dtype_name(t) in FLOATS]
+        self._codes.update({id(tensor): tensor for tensor in floats})
+        for tensor in codes[1:] + floats:
+            self._union(codes[0].name, tensor.name)
+
     def _mark(self, node: gs.Node) -> None:
-        tensor = self._quantizer_place(node)
+        tensor = self.quantizer_place(node)
         if tensor is not node.outputs[0]:
             self._absorbed.add(tensor.inputs[0].name)
         self._codes[id(tensor)] = tensor
         self._places[node.name] = tensor
 
-    def _quantizer_place(self, node: gs.Node) -> gs.Tensor:
-        """Return where the quantizer behind ``node`` stands: behind a Relu or Clip that only ``node`` feeds."""
-        output = node.outputs[0]
-        if len(output.outputs) != 1 or any(output is t for t in self.graph.outputs):
-            return output
-        follower = output.outputs[0]
-        if follower.op not in RULES or RULES.get(follower.op).kind != "absorbed":
-            return output
-        return follower.outputs[0] if follower.op in self.target.kernels else output
-
     def _reads_codes(self, tensor: gs.Tensor) -> bool:
         return any(consumer.name in self._members for consumer in tensor.outputs)
 
     def _find(self, name: str) -> str:
-        while self._parent.get(name, name) != name:
-            name = self._parent[name]
-        return name
+        root = name
+        while self._parent.get(root, root) != root:
+            root = self._parent[root]
+        while self._parent.get(name, name) != root:
+            self._parent[name], name = root, self._parent[name]
+        return root
 
     def _union(self, first: str, second: str) -> None:
         self._parent.setdefault(first, first)

@@ -16,6 +16,7 @@ from ...calibrate.stats.gram import Gram
 from ...calibrate.weights import WEIGHT_METHODS, WeightMethod, WeightStats
 from ..calibration import Calibration
 from ..constants import Weight, weight_of
+from ..graph import all_graphs
 from ..layouts import Layout, layout_of
 from ..plan import Decision, Plan, Site
 
@@ -35,10 +36,12 @@ def quantize_weights(graph: gs.Graph, plan: Plan, calibration: Calibration | Non
     Raises:
         DataError: An algorithm needs statistics that were not collected.
     """
-    nodes = {node.name: node for node in graph.nodes}
+    nodes = {node.name: node for inner in all_graphs(graph) for node in inner.nodes}
     cache: dict[tuple[str, Spec, str, str], QArray] = {}
     result: dict[Site, QArray] = {}
     for decision, weight in _weights(graph, plan):
+        if decision.form == "outlier":  # that form splits the weight itself
+            continue
         assert decision.spec is not None
         node = nodes[decision.site.node]
         method = WEIGHT_METHODS.resolve(decision.algorithm)
@@ -115,7 +118,7 @@ def settle_nonfinite(graph: gs.Graph, plan: Plan, *, skip: bool) -> Plan:
 
 
 def _weights(graph: gs.Graph, plan: Plan) -> Iterator[tuple[Decision, Weight]]:
-    nodes = {node.name: node for node in graph.nodes}
+    nodes = {node.name: node for inner in all_graphs(graph) for node in inner.nodes}
     for decision in plan.quantized():
         if decision.site.role == "weight":
             weight = weight_of(nodes[decision.site.node].inputs[decision.site.index])

@@ -18,6 +18,8 @@ class Target:
         activation_symmetric: Whether activations are symmetric unless the recipe says otherwise.
         kernels: Operator types that have an integer kernel there; others stay in float.
         needs_output: Operator types whose integer kernel exists only with a quantizer behind it.
+        fuses_relu: Whether one kernel runs product and Relu, so that a quantizer stands behind the Relu even where its
+            codes do not end at 0.
         int32_bias: Operator types whose integer kernel takes an int32 bias with scale ``s_x * s_w``.
         static_attention: Whether MatMul of two activations is quantized by default.
         opset_ceiling: Highest opset that the target has kernels for.
@@ -32,6 +34,7 @@ class Target:
     activation_symmetric: bool = False
     kernels: frozenset[str] = frozenset()
     needs_output: frozenset[str] = frozenset()
+    fuses_relu: bool = False
     int32_bias: frozenset[str] = frozenset()
     static_attention: bool = False
     opset_ceiling: int = 25

@@ -6,16 +6,19 @@ from . import TARGETS, Target
 
 COMPUTE = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
 ELEMENTWISE = frozenset({"Add", "Mul", "AveragePool", "GlobalAveragePool"})
-MOVES = frozenset(
-    {"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "MaxPool", "Concat", "Relu", "Clip", "Split", "Slice"}
-)
+SHAPES = frozenset({"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Expand", "Tile"})
+PICKS = frozenset({"Concat", "Split", "Gather", "GatherElements", "Where", "DepthToSpace", "Resize"})
+EXTREMES = frozenset({"MaxPool", "ReduceMax", "ReduceMin", "Relu", "Clip"})
+MOVES = SHAPES | PICKS | EXTREMES
+"""What ONNX Runtime's CPU provider runs on codes of 8 bits, pair for pair dropped by its optimizer."""
+FURTHER_MOVES = frozenset({"GatherND", "GlobalMaxPool", "Pad", "SpaceToDepth", "TopK", "Upsample"})
 
 TARGETS.add(
     "portable",
     Target(
         name="portable",
         summary="standard QuantizeLinear/DequantizeLinear only, for any runtime",
-        kernels=COMPUTE | ELEMENTWISE | MOVES,
+        kernels=COMPUTE | ELEMENTWISE | MOVES | FURTHER_MOVES,
         needs_output=frozenset({"Conv", "ConvTranspose"}),
         int32_bias=frozenset({"Conv", "Gemm"}),
         source="ONNX operators QuantizeLinear and DequantizeLinear",

@@ -1,0 +1,142 @@
+"""What decisions depend on: recipe, target, statistics; and what speaks against a node whatever its neighbours do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import onnx_graphsurgeon as gs
+
+from ...calibrate.formats import FORMATS
+from ...calibrate.granularity import PER_TENSOR
+from ...calibrate.qarray import Spec
+from ...calibrate.stats.histogram import Histogram
+from ..calibration import Calibration
+from ..constants import QUANTIZABLE, Weight, dtype_name, weight_of
+from ..graph import values
+from ..patterns import matches
+from ..recipe import Recipe
+from ..rules import OpRule, rule_of
+from ..targets import Target
+
+PER_CHANNEL_OPSET = 13
+"""First opset whose DequantizeLinear takes a scale per channel."""
+NARROW_SCALE_OPSET = 19
+"""First opset whose Q/DQ operators take scales in float16 and bfloat16."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Context:
+    """What decisions depend on.
+
+    Attributes:
+        recipe: What the user asks.
+        target: What the runtime wants.
+        calibration: Statistics, None when no activation gets a static scale.
+        opset: Of the model.
+        layers: Recipes of some nodes, by pattern; the first that matches wins.
+        functions: Domain and name of model-local functions, whose calls are no operators.
+    """
+
+    recipe: Recipe
+    target: Target
+    calibration: Calibration | None
+    opset: int
+    layers: tuple[tuple[str, Recipe], ...] = ()
+    functions: Collection[tuple[str, str]] = ()
+    _constants: dict[str, Histogram] = field(default_factory=dict)
+
+    def recipe_for(self, node: gs.Node) -> Recipe:
+        """Return the recipe of one node."""
+        return next((recipe for pattern, recipe in self.layers if matches(pattern, node)), self.recipe)
+
+    def is_static(self, node: gs.Node) -> bool:
+        """Whether activations of a node get scales from calibration, so that codes can pass to its neighbours."""
+        recipe = self.recipe_for(node)
+        return recipe.form == "qdq" and recipe.activations is not None and not recipe.activations.dynamic
+
+    def activation_spec(self, node: gs.Node, tensor: gs.Tensor) -> Spec:
+        """Return how an activation of a node is stored."""
+        options = self.recipe_for(node).activations
+        assert options is not None
+        spec = options.spec(self.target.activation_format, self.target.activation_symmetric)
+        return _with_scale_type(spec, dtype_name(tensor))
+
+    def weight_spec(self, node: gs.Node, rule: OpRule, weight: Weight) -> Spec:
+        """Return how the weight of a node is stored."""
+        recipe, rank = self.recipe_for(node), len(weight.shape)
+        assert recipe.weights is not None
+        pair_limit = self.target.pair_limit if recipe.activations is not None else 0
+        spec = recipe.weights.spec(rule.out_axis(node, rank), rule.in_axis(node, rank), pair_limit)
+        if self.opset < PER_CHANNEL_OPSET and not spec.granularity.block_size:
+            spec = dataclasses.replace(spec, granularity=PER_TENSOR)
+        return _with_scale_type(spec, dtype_name(weight.constant))
+
+    def absorbs(self, node: gs.Node, follower: gs.Node) -> bool:
+        """Whether the quantizer behind ``node`` can stand behind ``follower``, a Relu or Clip, instead.
+
+        It then has to cut where the follower cuts, which a symmetric one does not; or the target runs product and
+        Relu in one kernel.
+        """
+        rule = rule_of(follower)
+        if rule is None or rule.kind != "absorbed" or self.refusal(follower, rule) or not self.is_static(follower):
+            return False
+        return self.target.fuses_relu or not self.activation_spec(node, follower.outputs[0]).symmetric
+
+    def unfit(self, tensor: gs.Tensor) -> str:
+        """Return why no static scale can be chosen for a tensor, ``""`` when one can."""
+        if isinstance(tensor, gs.Constant) or weight_of(tensor) is not None:
+            return _unfit(tensor.name, self._of_constant(tensor))
+        if self.calibration is None or tensor.name not in self.calibration.tensors:
+            known = {} if self.calibration is None else self.calibration.not_covered
+            why = known.get(tensor.name, "it was not seen during calibration")
+            return f"no statistics of {tensor.name!r}: {why}"
+        return _unfit(tensor.name, self.calibration.tensors[tensor.name].histogram)
+
+    def refusal(self, node: gs.Node, rule: OpRule) -> str:
+        """Return why a node stays in float whatever its neighbours do, ``""`` when nothing speaks against it."""
+        return self._unwanted(node) or self._unable(node, rule)
+
+    def _unwanted(self, node: gs.Node) -> str:
+        for pattern in self.recipe.exclude:
+            if matches(pattern, node):
+                return f"excluded by the pattern {pattern!r}"
+        if self.recipe.include and not any(matches(pattern, node) for pattern in self.recipe.include):
+            return "no --include pattern matches it"
+        if self.recipe_for(node).weights is None and self.recipe_for(node).activations is None:
+            return "the recipe leaves this layer in float"
+        return ""
+
+    def _unable(self, node: gs.Node, rule: OpRule) -> str:
+        if node.op not in self.target.kernels:
+            return f"the target {self.target.name} has no integer kernel for {node.op}"
+        inputs = [tensor for _, tensor in rule.data_inputs(node)]
+        for tensor in inputs:
+            if dtype_name(tensor) not in QUANTIZABLE:
+                return f"its input {tensor.name!r} is {dtype_name(tensor) or 'of unknown type'}, not float"
+        why = rule.unless(node)
+        return why or ("all its inputs are constants" if all(weight_of(t) is not None for t in inputs) else "")
+
+    def _of_constant(self, tensor: gs.Tensor) -> Histogram:
+        if tensor.name not in self._constants:
+            weight = weight_of(tensor)
+            assert weight is not None
+            self._constants[tensor.name] = Histogram.of(values(weight.constant))
+        return self._constants[tensor.name]
+
+
+def _unfit(name: str, histogram: Histogram) -> str:
+    if histogram.sentinel:
+        return f"{name!r} holds {histogram.sentinel} mask sentinels (over 1e30), which no scale can hold"
+    if histogram.finite == 0:
+        return f"no statistics of {name!r}: it held no finite value during calibration"
+    return ""
+
+
+def _with_scale_type(spec: Spec, dtype: str) -> Spec:
+    """Return ``spec`` with scales of a half-precision tensor's own type: DequantizeLinear gives the scale's type."""
+    if dtype not in ("float16", "bfloat16") or spec.format.scale_format != "float32":
+        return spec
+    opset = max(spec.format.min_opset, NARROW_SCALE_OPSET, FORMATS.get(dtype).min_opset)
+    return dataclasses.replace(spec, format=dataclasses.replace(spec.format, scale_format=dtype, min_opset=opset))

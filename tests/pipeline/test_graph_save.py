@@ -25,14 +25,16 @@ TARGET = "model.onnx"
 
 
 def model_of(value: float, count: int = 3, rows: int = 64) -> graph.Model:
-    """Return a model with ``count`` weights [rows, rows] that hold ``value``, ``value + 1``, ..."""
+    """Return a model with ``count`` weights [rows, rows] that hold ``value``, ``value + 1``, ... and a note of it."""
     nodes, weights = [], []
     for i in range(count):
         weights.append(numpy_helper.from_array(np.full((rows, rows), value + i, np.float32), f"w{i}"))
         nodes.append(helper.make_node("MatMul", [f"h{i}", f"w{i}"], [f"h{i + 1}"], name=f"n{i}"))
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", rows]) for name in ("h0", f"h{count}")]
     body = helper.make_graph(nodes, "g", ends[:1], ends[1:], weights)
-    return graph.from_proto(helper.make_model(body, opset_imports=[helper.make_opsetid("", 21)], ir_version=10))
+    model = graph.from_proto(helper.make_model(body, opset_imports=[helper.make_opsetid("", 21)], ir_version=10))
+    model.metadata["value"] = str(int(value))
+    return model
 
 
 def state(folder: Path) -> str:
@@ -43,7 +45,8 @@ def state(folder: Path) -> str:
     found = [graph.values(node.inputs[1]) for node in model.graph.nodes]
     first = found[0].flat[0]
     whole = all((array == first + i).all() for i, array in enumerate(found))
-    return str(int(first)) if whole and len(found) == 3 else "broken"
+    is_one = whole and len(found) == 3 and model.metadata["value"] == str(int(first))
+    return str(int(first)) if is_one else "broken: data and model file do not belong together"
 
 
 def names(folder: Path) -> list[str]:

@@ -1,0 +1,271 @@
+#include "table.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+
+// One version of a loop per instruction set, chosen when the library is loaded.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define QPIPE_CLONES __attribute__((target_clones("avx2", "default")))
+#else
+#define QPIPE_CLONES
+#endif
+
+namespace qpipe::range_stats {
+namespace {
+
+constexpr int64_t kChunk = 4096;  // values: two passes over 16 KiB stay in the first-level cache
+constexpr int64_t kFoldAt = int64_t{1} << 31;
+constexpr uint32_t kMagnitude = 0x7fffffffu;
+constexpr uint32_t kInfinity = 0x7f800000u;
+
+uint32_t as_bits(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+float as_float(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+struct Survey {
+    uint32_t any_bits = 0;   // OR of all bits
+    int32_t magnitude = 0;   // largest magnitude, as bits; magnitudes order as signed integers do
+    float lo = 0, hi = 0;    // only meaningful without NaN
+};
+
+// A float's bits as an integer that orders like the float: negative floats have their magnitude flipped.
+QPIPE_CLONES Survey survey(const uint32_t* bits, int64_t size) {
+    uint32_t any = 0;
+    int32_t magnitude = 0, lo = std::numeric_limits<int32_t>::max(), hi = std::numeric_limits<int32_t>::min();
+    for (int64_t i = 0; i < size; ++i) {
+        const int32_t value = static_cast<int32_t>(bits[i]);
+        const int32_t absolute = value & static_cast<int32_t>(kMagnitude);
+        const int32_t ordered = value ^ static_cast<int32_t>(static_cast<uint32_t>(value >> 31) >> 1);
+        any |= bits[i];
+        magnitude = std::max(magnitude, absolute);
+        lo = std::min(lo, ordered);
+        hi = std::max(hi, ordered);
+    }
+    const auto back = [](int32_t ordered) {
+        return as_float(static_cast<uint32_t>(ordered ^ static_cast<int32_t>(static_cast<uint32_t>(ordered >> 31) >> 1)));
+    };
+    return {any, magnitude, back(lo), back(hi)};
+}
+
+constexpr int64_t kRow = 256;  // channels taken at a time: their sums stay in the first-level cache
+
+// One token. Two loops, because compilers vectorize neither a choice between bits nor a conversion beside one.
+QPIPE_CLONES void add_row(const uint32_t* __restrict bits, int64_t channels, uint32_t limit, uint32_t* __restrict amax,
+                          double* __restrict total, double* __restrict energy) {
+    union {
+        uint32_t bits[kRow];
+        float value[kRow];
+    } magnitude;
+    for (int64_t c = 0; c < channels; ++c) {
+        const uint32_t all = bits[c] & kMagnitude;
+        magnitude.bits[c] = all & (0u - static_cast<uint32_t>(all < limit));
+        amax[c] = std::max(amax[c], magnitude.bits[c]);
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+        const double wide = magnitude.value[c];
+        total[c] += wide;
+        energy[c] += wide * wide;
+    }
+}
+
+void* zero_pages(size_t bytes) {
+    void* memory = std::calloc(bytes, 1);
+    if (memory == nullptr) throw std::bad_alloc();
+    return memory;
+}
+
+}  // namespace
+
+void Extrema::merge(const Extrema& other) {
+    if (other.finite > 0) {
+        lo = finite > 0 ? std::min(lo, other.lo) : other.lo;
+        hi = finite > 0 ? std::max(hi, other.hi) : other.hi;
+    }
+    finite += other.finite;
+    nan += other.nan;
+    pos_inf += other.pos_inf;
+    neg_inf += other.neg_inf;
+    sentinel += other.sentinel;
+    low_bits |= other.low_bits;
+}
+
+void Table::Free::operator()(void* memory) const { std::free(memory); }
+
+Table::Table()
+    : recent_(static_cast<uint32_t*>(zero_pages(kBins * kWays * sizeof(uint32_t)))),
+      folded_(static_cast<int64_t*>(zero_pages(kBins * sizeof(int64_t)))) {}
+
+void Table::count(const float* values, int64_t size, float sentinel) {
+    for (int64_t first = 0; first < size; first += kChunk) {
+        if (pending_ > kFoldAt) fold();
+        count_chunk(values + first, std::min(kChunk, size - first), sentinel);
+    }
+}
+
+void Table::count_chunk(const float* values, int64_t size, float sentinel) {
+    uint32_t bits[kChunk];
+    std::memcpy(bits, values, static_cast<size_t>(size) * sizeof(float));
+    Survey seen = survey(bits, size);
+    if (static_cast<uint32_t>(seen.magnitude) >= as_bits(sentinel)) {
+        int64_t kept = 0;
+        for (int64_t i = 0; i < size; ++i) {
+            const uint32_t magnitude = bits[i] & kMagnitude;
+            if (magnitude < as_bits(sentinel)) {
+                bits[kept++] = bits[i];
+            } else if (magnitude > kInfinity) {
+                ++extrema_.nan;
+            } else if (magnitude == kInfinity) {
+                ++(bits[i] >> 31 ? extrema_.neg_inf : extrema_.pos_inf);
+            } else {
+                ++extrema_.sentinel;
+            }
+        }
+        size = kept;
+        if (size == 0) return;
+        seen = survey(bits, size);
+    }
+    Extrema chunk;
+    chunk.finite = size;
+    chunk.lo = seen.lo;
+    chunk.hi = seen.hi;
+    chunk.low_bits = seen.any_bits & 0xffffu;
+    extrema_.merge(chunk);
+    pending_ += size;
+    uint32_t* counters = recent_.get();
+    int64_t i = 0;
+    for (; i + kWays <= size; i += kWays) {
+        for (int way = 0; way < kWays; ++way) ++counters[(bits[i + way] >> 16) * kWays + static_cast<uint32_t>(way)];
+    }
+    for (; i < size; ++i) ++counters[(bits[i] >> 16) * kWays];
+}
+
+void Table::fold() {
+    for (int64_t bin = 0; bin < kBins; ++bin) {
+        uint32_t* ways = recent_.get() + bin * kWays;
+        // Reading a page that was never written costs nothing; writing it would make it real.
+        for (int way = 0; way < kWays; ++way) {
+            if (ways[way] == 0) continue;
+            folded_[static_cast<size_t>(bin)] += ways[way];
+            ways[way] = 0;
+        }
+    }
+    pending_ = 0;
+}
+
+void Table::add_to(int64_t* dense, Extrema& extrema) const {
+    for (int64_t bin = 0; bin < kBins; ++bin) {
+        int64_t sum = folded_[static_cast<size_t>(bin)];
+        for (int way = 0; way < kWays; ++way) sum += recent_[static_cast<size_t>(bin * kWays + way)];
+        dense[bin] += sum;
+    }
+    extrema.merge(extrema_);
+}
+
+void Table::clear() {
+    recent_.reset(static_cast<uint32_t*>(zero_pages(kBins * kWays * sizeof(uint32_t))));
+    folded_.reset(static_cast<int64_t*>(zero_pages(kBins * sizeof(int64_t))));
+    pending_ = 0;
+    extrema_ = {};
+}
+
+std::vector<Table*> State::take(size_t count) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::vector<Table*> taken;
+    while (taken.size() < count) {
+        if (idle_.empty()) {
+            tables_.push_back(std::make_unique<Table>());
+            idle_.push_back(tables_.back().get());
+        }
+        taken.push_back(idle_.back());
+        idle_.pop_back();
+    }
+    return taken;
+}
+
+void State::give_back(const std::vector<Table*>& tables) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    // In reverse: the next run takes them in the same order, and finds its counters in its cache.
+    idle_.insert(idle_.end(), tables.rbegin(), tables.rend());
+}
+
+void State::add_channels(const Channels& run) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (channels_.amax.size() != run.amax.size()) {
+        channels_ = run;
+        return;
+    }
+    for (size_t c = 0; c < run.amax.size(); ++c) {
+        channels_.amax[c] = std::max(channels_.amax[c], run.amax[c]);
+        channels_.total[c] += run.total[c];
+        channels_.energy[c] += run.energy[c];
+    }
+    channels_.tokens += run.tokens;
+}
+
+void State::read(int64_t* dense, Extrema& extrema) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::fill_n(dense, kBins, 0);
+    extrema = {};
+    for (const auto& table : tables_) table->add_to(dense, extrema);
+}
+
+Channels State::channels() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return channels_;
+}
+
+void State::clear() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& table : tables_) table->clear();
+    channels_ = {};
+}
+
+Registry& Registry::instance() {
+    static Registry registry;
+    return registry;
+}
+
+std::shared_ptr<State> Registry::open(int64_t key) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::shared_ptr<State>& state = states_[key];
+    if (!state) state = std::make_shared<State>();
+    return state;
+}
+
+std::shared_ptr<State> Registry::find(int64_t key) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = states_.find(key);
+    return found == states_.end() ? nullptr : found->second;
+}
+
+void Registry::release(int64_t key) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    states_.erase(key);
+}
+
+void add_tokens(const float* values, int64_t tokens, int64_t channels, int64_t first, int64_t last, float sentinel,
+                Channels& run) {
+    // Floats and their bits share storage: magnitudes order the same way as either.
+    const auto* bits = reinterpret_cast<const uint32_t*>(values);
+    auto* amax = reinterpret_cast<uint32_t*>(run.amax.data());
+    for (int64_t c = first; c < last; c += kRow) {
+        const int64_t part = std::min(kRow, last - c);
+        for (int64_t t = 0; t < tokens; ++t) {
+            add_row(bits + t * channels + c, part, as_bits(sentinel), amax + c, run.total.data() + c,
+                    run.energy.data() + c);
+        }
+    }
+}
+
+}  // namespace qpipe::range_stats

@@ -1,0 +1,91 @@
+// Counters of one activation tensor, in the layout of calibrate/stats/histogram.py: float32 values by their upper
+// 16 bits, exact extrema, and what cannot take part in a range.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+namespace qpipe::range_stats {
+
+constexpr int64_t kBins = 65536;
+constexpr int kWays = 4;  // counters per bin: equal neighbours (zeros after a Relu) must not wait for each other
+
+// What is known beside the bins. lo and hi are meaningful when finite > 0.
+struct Extrema {
+    int64_t finite = 0, nan = 0, pos_inf = 0, neg_inf = 0, sentinel = 0;
+    uint32_t low_bits = 0;  // OR of the lower 16 bits of all counted values
+    float lo = 0, hi = 0;
+
+    void merge(const Extrema& other);
+};
+
+// Counters that one thread at a time writes. The memory is zero pages until a bin is first met.
+class Table {
+  public:
+    Table();
+    // float32 values; finite ones from `sentinel` on in magnitude are masks.
+    void count(const float* values, int64_t size, float sentinel);
+    // Adds to dense [kBins] and extrema.
+    void add_to(int64_t* dense, Extrema& extrema) const;
+    void clear();
+
+  private:
+    void count_chunk(const float* values, int64_t size, float sentinel);
+    void fold();
+
+    struct Free {
+        void operator()(void* memory) const;
+    };
+    std::unique_ptr<uint32_t[], Free> recent_;  // [kBins][kWays]
+    std::unique_ptr<int64_t[], Free> folded_;   // [kBins]
+    int64_t pending_ = 0;                       // values in recent_
+    Extrema extrema_;
+};
+
+// Magnitudes per channel (last dimension), summed over tokens in their order, in float64: the very additions that numpy
+// makes, so that the bits are the same.
+struct Channels {
+    std::vector<float> amax;
+    std::vector<double> total, energy;
+    int64_t tokens = 0;
+};
+
+// All that is known of one tensor. Runs take tables, fill them and give them back.
+class State {
+  public:
+    std::vector<Table*> take(size_t count);
+    void give_back(const std::vector<Table*>& tables);
+    void add_channels(const Channels& run);
+
+    void read(int64_t* dense, Extrema& extrema) const;
+    Channels channels() const;
+    void clear();
+
+  private:
+    mutable std::mutex mutex_;
+    std::vector<std::unique_ptr<Table>> tables_;
+    std::vector<Table*> idle_;
+    Channels channels_;
+};
+
+// States by key. A session's node and Python find each other here.
+class Registry {
+  public:
+    static Registry& instance();
+    std::shared_ptr<State> open(int64_t key);  // made when missing
+    std::shared_ptr<State> find(int64_t key);  // null when missing
+    void release(int64_t key);
+
+  private:
+    std::mutex mutex_;
+    std::map<int64_t, std::shared_ptr<State>> states_;
+};
+
+// Add |values[t, c]| of one run for channels first..last-1; values from `sentinel` on, NaN and infinities count as 0.
+void add_tokens(const float* values, int64_t tokens, int64_t channels, int64_t first, int64_t last, float sentinel,
+                Channels& run);
+
+}  // namespace qpipe::range_stats

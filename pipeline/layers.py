@@ -30,7 +30,7 @@ class Layer:
         quantized: Name of the tensor that stands for it in the quantized model: the dequantized one where every
             reader takes that.
         node: Name of the node of the float model that computes it.
-        op: That node's operator.
+        op: That node's operator, and the Relu or Clip behind it that a quantizer took over.
         before: Names of the nearest tensors before it that both models compute.
     """
 
@@ -42,29 +42,34 @@ class Layer:
 
 
 def common_layers(float_model: Model, quantized: Model) -> list[Layer]:
-    """Return the float tensors that nodes of both main graphs compute under the same name, in topological order."""
-    names = {
-        tensor.name: _as_read(tensor).name
-        for node in quantized.graph.nodes
-        for tensor in node.outputs
-        if _may_be_float(tensor)
-    }
-    common = {
-        tensor.name
-        for node in float_model.graph.nodes
-        for tensor in node.outputs
-        if node.op != "Constant" and tensor.name in names and _may_be_float(tensor)
-    }
+    """Return the float tensors that both main graphs compute, in topological order.
+
+    They are matched by name. Where a Relu or Clip of the float model was left to a quantizer, its result stands for
+    what the quantizer gives.
+    """
+    theirs = {tensor.name: _as_read(tensor).name for node in quantized.graph.nodes for tensor in node.outputs}
     reach: dict[str, tuple[str, ...]] = {}
     layers = []
     for node in float_model.graph.nodes:
         before = tuple(dict.fromkeys(name for tensor in node.inputs for name in reach.get(tensor.name, ())))
         for tensor in node.outputs:
-            reach[tensor.name] = (tensor.name,) if tensor.name in common else before
-            if tensor.name in common:
-                stands = names[tensor.name]
-                layers.append(Layer(tensor=tensor.name, quantized=stands, node=node.name, op=node.op, before=before))
+            if node.op == "Constant" or tensor.name not in theirs or not _may_be_float(tensor):
+                reach[tensor.name] = before
+                continue
+            bound = _left_to_quantizer(tensor, theirs)
+            shown, op = (bound.outputs[0].name, f"{node.op}, {bound.op}") if bound else (tensor.name, node.op)
+            reach[tensor.name] = (shown,)
+            layers.append(Layer(tensor=shown, quantized=theirs[tensor.name], node=node.name, op=op, before=before))
     return layers
+
+
+def _left_to_quantizer(tensor: gs.Tensor, theirs: Mapping[str, str]) -> gs.Node | None:
+    """Return the Relu or Clip that alone reads ``tensor`` and that the quantized model does not have."""
+    is_quantized = theirs[tensor.name] != tensor.name
+    only = tensor.outputs[0] if len(tensor.outputs) == 1 else None
+    if not is_quantized or only is None or only.op not in ("Relu", "Clip"):
+        return None
+    return None if only.outputs[0].name in theirs else only
 
 
 def _as_read(tensor: gs.Tensor) -> gs.Tensor:

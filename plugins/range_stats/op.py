@@ -4,8 +4,9 @@
 
 The counters stay in the library, under the key, from run to run: no activation and no histogram leaves the session.
 What they hold is, bit for bit, what ``calibrate.stats.HistogramObserver`` and ``ChannelAmax`` hold after the same
-runs; that is the numpy reference (but for the sums of a tensor with one channel, which numpy adds pairwise). ``counted`` (int64 []) is the number of values, a graph output only so that the node
-is not removed; nobody has to fetch it. Runs of several threads may overlap; read between runs.
+runs; that is the numpy reference (but for the sums of a tensor with one channel, which numpy adds pairwise).
+``counted`` (int64 []) is the number of values, a graph output only so that the node is not removed; nobody has to
+fetch it. Runs of several threads may overlap; read between runs.
 
 On CUDA the counters travel as a tensor instead (``RangeStats``, kernel.cu).
 """

@@ -43,6 +43,8 @@ class Decision:
         form: How the graph expresses it (see `Recipe.form`).
         reason: Why, in a sentence that a user understands.
         algorithm: Weight algorithm, e.g. ``gptq:0.01``; empty where the site holds no weight.
+        columns: Inputs of a weight that stay in floating point, for the form ``outlier``.
+        limit: Amplitude from which a value of another column counts as a new outlier, 0 for never.
     """
 
     site: Site
@@ -51,6 +53,8 @@ class Decision:
     reason: str
     form: str = "qdq"
     algorithm: str = ""
+    columns: tuple[int, ...] = ()
+    limit: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,6 +105,7 @@ class Plan:
                     "form": d.form,
                     "spec": spec_text(d.spec) if d.spec else None,
                     "algorithm": d.algorithm,
+                    "columns": list(d.columns),
                     "reason": d.reason,
                 }
                 for d in self.decisions

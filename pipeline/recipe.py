@@ -86,6 +86,26 @@ class ActivationOptions(_Part):
         return Spec(format=FORMATS.get(self.format or default_format), granularity=PER_TENSOR, symmetric=symmetric)
 
 
+class OutlierOptions(_Part):
+    """Which input columns stay in floating point, for the form ``outlier``.
+
+    Attributes:
+        threshold: A channel is an outlier from this many times the layer's typical magnitude on; the magnitude itself
+            when ``absolute``.
+        absolute: Take the threshold as a magnitude, as LLM.int8() does with 6.0.
+        cap: Most columns per layer; the largest are kept.
+        headroom: A value beyond this many times the largest calibrated one of its column counts as a new outlier and is
+            computed with two digits; 0 never looks.
+        min_inputs: Layers with fewer inputs are left alone.
+    """
+
+    threshold: float = Field(default=20.0, gt=0)
+    absolute: bool = False
+    cap: int = Field(default=16, ge=0, le=1024)
+    headroom: float = Field(default=2.0, ge=0)
+    min_inputs: int = Field(default=64, ge=1)
+
+
 class LayerOptions(_Part):
     """Another scheme for some nodes; the first entry that matches a node wins.
 
@@ -108,6 +128,7 @@ class Recipe(_Part):
         method: Calibration method of activations, e.g. ``mse`` or ``percentile:99.99``.
         weights: Options of weights; None leaves weights in float.
         activations: Options of activations; None leaves activations in float.
+        outliers: Choice of outlier columns, for the form ``outlier``.
         float_type: Type of what is not quantized, ``float16`` and ``bfloat16`` convert it.
         equalize: Equalization before quantizing, e.g. ``smoothquant:0.5``.
         bias_correction: Fold the expected output error into biases.
@@ -122,6 +143,7 @@ class Recipe(_Part):
     method: str = "auto"
     weights: WeightOptions | None = WeightOptions()
     activations: ActivationOptions | None = ActivationOptions()
+    outliers: OutlierOptions = OutlierOptions()
     float_type: Literal["float32", "float16", "bfloat16"] | None = None
     equalize: str | None = None
     bias_correction: bool = False
@@ -136,6 +158,7 @@ class Recipe(_Part):
 
 SCHEMES: dict[str, dict[str, Any]] = {
     "w8a8": {"weights": {"format": "int8"}, "activations": {}},
+    "w8a8-outlier": {"form": "outlier", "activations": {"format": "int8", "symmetric": True, "dynamic": True}},
     "float": {"weights": None, "activations": None},
 }
 """Named schemes: what each sets in a `Recipe`. ``float`` is for layers that are left alone."""
@@ -200,7 +223,7 @@ def _recipe_error(error: ValidationError) -> RecipeError:
         return RecipeError(
             "a recipe key has a wrong value", where=place, found=repr(first["input"]), expected=first["msg"]
         )
-    known = {name for part in (Recipe, WeightOptions, ActivationOptions, LayerOptions) for name in part.model_fields}
+    known = {name for part in (Recipe, WeightOptions, ActivationOptions, OutlierOptions, LayerOptions) for name in part.model_fields}
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     return RecipeError(
         f"the recipe has an unknown key {key!r}",

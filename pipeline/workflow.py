@@ -16,8 +16,9 @@ from .qdq_check import check_qdq
 from .recipe import Recipe, make_recipe
 from .stages.collect import CollectOptions, collect
 from .stages.decide import wanted_tensors
+from .stages.details import wanted_details
 from .stages.prepare import prepare, require_opset
-from .stages.quantize import Quantized, QuantizeOptions, needs_statistics, quantize_model
+from .stages.quantize import Quantized, QuantizeOptions, needed_detail, needs_statistics, quantize_model
 from .stages.upgrade import upgrade
 
 Batch = Mapping[str, npt.NDArray[Any]]
@@ -56,14 +57,22 @@ class Job:
         require_opset(model)
         return cls(model=prepare(model), path=path, hash=digest)
 
-    def collect(self, batches: Iterable[Batch], options: CollectOptions = CollectOptions()) -> Calibration:  # noqa: B008
-        """Run the float file over the data; see `stages.collect`.
+    def collect(
+        self,
+        batches: Iterable[Batch],
+        options: CollectOptions = CollectOptions(),  # noqa: B008
+        *,
+        detail: str = "channels",
+    ) -> Calibration:
+        """Run the float file over the data; see `stages.collect`, and `stages.details` for ``detail``.
 
         The file itself is run, not the prepared graph: names that survive preparing mean the same values, and a model
         larger than memory stays on disk.
         """
         identity = options.identity or identify(self.path)
-        return collect(self.path, wanted_tensors(self.model.graph), batches, replace(options, identity=identity))
+        details = options.details or wanted_details(self.model.graph, detail)
+        options = replace(options, identity=identity, details=details)
+        return collect(self.path, wanted_tensors(self.model.graph), batches, options)
 
     def quantize(
         self,
@@ -113,7 +122,7 @@ def quantize_file(
     job = Job.open(Path(source))
     calibration = data if isinstance(data, Calibration) else None
     if calibration is None and data is not None and needs_statistics(recipe):
-        calibration = job.collect(data)
+        calibration = job.collect(data, detail=needed_detail(recipe))
     result = job.quantize(recipe, calibration)
     save(result.model, target, force=force)
     return result

@@ -24,6 +24,13 @@ FORMS = ("ort-json", "ort-flatbuffers", "ort-text", "trt-cache")
 @click.option("--resume", is_flag=True, help="Go on from the output file; the data must be the same.")
 @click.option("--merge", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Merge these files.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes; same result.")
+@click.option(
+    "--detail",
+    type=click.Choice(["none", "channels", "gram"]),
+    default="channels",
+    show_default=True,
+    help="What to keep of layer inputs beside histograms: magnitudes per channel, or XᵀX too (GPTQ, AWQ).",
+)
 @click.option("--allow-nonfinite", is_flag=True, help="Accept activations that are NaN or infinite.")
 @click.option("--max-memory", type=click.IntRange(min=1), metavar="BYTES", help="Refuse larger tensors.")
 @click.option("--emit", multiple=True, type=click.Choice(FORMS), help="Also write a table for another tool.")

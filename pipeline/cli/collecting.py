@@ -52,7 +52,7 @@ def collect_statistics(job: Job, given: Mapping[str, Any], checkpoints: Checkpoi
             warn=output.warn,
         )
         start = time.monotonic()
-        calibration = job.collect(feed, options)
+        calibration = job.collect(feed, options, detail=given["detail"])
     seconds = max(time.monotonic() - start, 1e-9)
     output.note(
         f"{calibration.samples} samples, {len(calibration.tensors)} tensors, "

@@ -79,12 +79,14 @@ def _recipe(given: dict[str, Any]) -> Recipe:
 
 
 def _calibration(job: Job, recipe: Recipe, given: dict[str, Any]) -> Calibration | None:
-    from ..stages.quantize import needs_statistics
+    from ..stages.quantize import needed_detail, needs_statistics
     from .collecting import collect_statistics, read_statistics
 
     if given["calib"]:
         return read_statistics(given["calib"], job, by_name=given["calib_by_name"])
-    return collect_statistics(job, given) if needs_statistics(recipe) else None
+    if not needs_statistics(recipe):
+        return None
+    return collect_statistics(job, {**given, "detail": needed_detail(recipe)})
 
 
 def _save_side_files(plan: Plan, recipe: Recipe, given: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ import onnx_graphsurgeon as gs
 
 from ...calibrate.qarray import QArray, QParams, Spec
 from ...calibrate.registry import Registry
-from ..graph import all_graphs, constant
+from ..fresh import FreshNames
+from ..graph import constant
 from ..plan import Decision, Site
 
 
@@ -28,6 +29,7 @@ class Workbench:
         made: Tensors that were already inserted into `scope`, by a key that the form chooses. Each graph gets its own:
             runtimes do not fuse across the border of a body.
         constants: Constants that were already made, by a key that the form chooses; all graphs share them.
+        fresh: Gives out names that nothing in the model has yet.
     """
 
     graph: gs.Graph
@@ -37,29 +39,15 @@ class Workbench:
     made: dict[tuple[object, ...], gs.Tensor] = field(default_factory=dict)
     functions: dict[str, onnx.FunctionProto] = field(default_factory=dict)
     constants: dict[tuple[object, ...], gs.Constant] = field(default_factory=dict)
-    _taken: set[str] = field(default_factory=set)
+    fresh: FreshNames = field(init=False)
 
     def __post_init__(self) -> None:
         self.scope = self.graph
-        for inner in all_graphs(self.graph):
-            self._taken.update(inner.tensors())
-            self._taken.update(node.name for node in inner.nodes)
+        self.fresh = FreshNames(self.graph)
 
     def enter(self, scope: gs.Graph) -> None:
         """Turn to the nodes of another graph."""
         self.scope, self.made = scope, {}
-
-    def fresh(self, base: str) -> str:
-        """Return ``base``, or ``base`` with a number, that no tensor or node has; it counts as taken from now on.
-
-        The names are collected once, so that a graph of n nodes costs n steps and not n squared.
-        """
-        name, number = base, 0
-        while name in self._taken:
-            number += 1
-            name = f"{base}_{number}"
-        self._taken.add(name)
-        return name
 
     def constant(self, base: str, array: npt.NDArray[Any], onnx_type: str) -> gs.Constant:
         """Make a constant of any ONNX type under a fresh name."""

@@ -20,6 +20,9 @@ from ..layouts import layout_of
 from ..plan import Decision
 from . import FORMS, Workbench
 
+OLDEST_BODY_OPSET = 15
+"""CastLike, with which the body gives its result the type of its input."""
+
 
 @FORMS.register("outlier")
 def insert_outlier(bench: Workbench, node: gs.Node, decisions: list[Decision]) -> None:
@@ -50,9 +53,8 @@ def insert_outlier(bench: Workbench, node: gs.Node, decisions: list[Decision]) -
     bench.graph.nodes.append(fresh)
     key = f"{contract.DOMAIN}::{contract.OP_TYPE}"
     if key not in bench.functions or decision.limit > 0:
-        bench.functions[key] = contract.function_proto(
-            opset=max(int(bench.graph.opset), 15), dynamic=decision.limit > 0
-        )
+        opset = max(int(bench.graph.opset), OLDEST_BODY_OPSET)
+        bench.functions[key] = contract.function_proto(opset=opset, dynamic=decision.limit > 0)
 
 
 def take_bias(node: gs.Node, outputs: int) -> tuple[npt.NDArray[Any] | None, gs.Tensor]:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-
 from qpipe.plugins.outlier_matmul.contract import Packed
 
 HERE = Path(__file__).resolve().parent / "cuda_emulation"

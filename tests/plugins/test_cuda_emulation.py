@@ -7,13 +7,13 @@ outputs within what float32 accumulation of the outlier product can differ from 
 from __future__ import annotations
 
 import math
+
 import cuda_emulation as ce
 import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
 from qpipe.plugins.outlier_matmul import contract
 
 F16, BF16, F32 = np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)

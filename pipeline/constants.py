@@ -13,10 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from ..calibrate.stats.histogram import Histogram
-from .calibration import TensorStats
-from .graph import all_graphs, values
-from .plan import Plan
+from .graph import values
 
 FLOATS = frozenset({"float32", "float16", "bfloat16", "float64"})
 QUANTIZABLE = frozenset({"float32", "float16", "bfloat16"})
@@ -102,14 +99,3 @@ def _with_shape(constant: gs.Constant, steps: tuple[tuple[str, tuple[int, ...]],
             shape = how
         resolved.append((kind, how))
     return Weight(constant=constant, steps=tuple(resolved), shape=shape)
-
-
-def constant_statistics(graph: gs.Graph, plan: Plan) -> dict[str, TensorStats]:
-    """Return the statistics of the constants that a plan stores like activations, from their values, by tensor."""
-    wanted = {(d.site.node, d.site.index) for d in plan.quantized() if d.site.role == "activation"}
-    found: dict[str, TensorStats] = {}
-    for node in (node for inner in all_graphs(graph) for node in inner.nodes):
-        for index, tensor in enumerate(node.inputs):
-            if (node.name, index) in wanted and tensor.name not in found and (weight := weight_of(tensor)) is not None:
-                found[tensor.name] = TensorStats(histogram=Histogram.of(weight.values()))
-    return found

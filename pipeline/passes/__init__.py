@@ -1,4 +1,7 @@
-"""Passes: graph -> graph, before anything is decided. The order matters, so it is visible here."""
+"""Passes: graph -> graph, before anything is decided. The order matters, so it is visible here.
+
+A pass works on one graph at a time, the main one or a body; nodes without use are left to `stages.prepare`.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ from collections.abc import Callable
 
 import onnx_graphsurgeon as gs
 
+from ..fresh import FreshNames
+from .einsum_to_matmul import einsum_to_matmul
 from .fold_batchnorm import fold_batchnorm
 from .lower_constants import lower_constants
 from .remove_identity import remove_identity
 
-Pass = Callable[[gs.Graph], int]
-"""Changes the graph in place and returns how many places it changed."""
+Pass = Callable[[gs.Graph, FreshNames], int]
+"""Changes one graph in place and returns how many places it changed."""
 
-PASSES: tuple[Pass, ...] = (lower_constants, remove_identity, fold_batchnorm)
+PASSES: tuple[Pass, ...] = (lower_constants, remove_identity, einsum_to_matmul, fold_batchnorm)

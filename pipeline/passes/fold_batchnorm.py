@@ -13,27 +13,35 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from ..constants import Weight, weight_of
-from ..graph import constant, fresh_name
+from ..fresh import FreshNames
+from ..graph import constant
+from ..rewiring import move_output
 
 Array = npt.NDArray[Any]
 
 
-def fold_batchnorm(graph: gs.Graph) -> int:
+def fold_batchnorm(graph: gs.Graph, names: FreshNames) -> int:
     """Fold every BatchNormalization that follows a weighted operator with no other reader; return how many."""
+    outputs = {id(tensor) for tensor in graph.outputs}
+    local = {id(node) for node in graph.nodes}
     count = 0
-    for norm in [n for n in graph.nodes if n.op == "BatchNormalization"]:
-        if _fold(graph, norm):
-            count += 1
-    graph.cleanup(remove_unused_graph_inputs=False)
+    for norm in graph.nodes:
+        if (
+            norm.op != "BatchNormalization"
+            or norm.domain
+            or norm.attrs.get("training_mode", 0)
+            or len(norm.outputs) != 1
+        ):
+            continue
+        source = norm.inputs[0]
+        node = source.inputs[0] if len(source.inputs) == 1 else None
+        shared = len(source.outputs) != 1 or id(source) in outputs
+        if node is not None and not shared and id(node) in local and not norm.attrs.get("training_mode", 0):
+            count += _fold(names, node, norm)
     return count
 
 
-def _fold(graph: gs.Graph, norm: gs.Node) -> bool:
-    source = norm.inputs[0]
-    node = source.inputs[0] if len(source.inputs) == 1 else None
-    shared = len(source.outputs) != 1 or any(source is t for t in graph.outputs)
-    if node is None or shared or norm.attrs.get("training_mode", 0) or len(norm.outputs) != 1:
-        return False
+def _fold(names: FreshNames, node: gs.Node, norm: gs.Node) -> bool:
     statistics = [weight_of(t) for t in norm.inputs[1:5]]
     weight = weight_of(node.inputs[1]) if len(node.inputs) > 1 else None
     axis = _out_axis(node)
@@ -43,7 +51,7 @@ def _fold(graph: gs.Graph, norm: gs.Node) -> bool:
     bias = _bias(node, len(gain))
     if bias is None or weight.shape[axis] != len(gain):
         return False
-    _replace(graph, node, norm, (weight, axis), (gain, bias * gain + shift))
+    _replace(names, node, norm, (weight, axis), (gain, bias * gain + shift))
     return True
 
 
@@ -74,19 +82,16 @@ def _bias(node: gs.Node, channels: int) -> Array | None:
 
 
 def _replace(
-    graph: gs.Graph, node: gs.Node, norm: gs.Node, weight: tuple[Weight, int], affine: tuple[Array, Array]
+    names: FreshNames, node: gs.Node, norm: gs.Node, weight: tuple[Weight, int], affine: tuple[Array, Array]
 ) -> None:
     (view, axis), (gain, bias) = weight, affine
     old = view.values()
     spread = gain.reshape([-1 if i == axis else 1 for i in range(old.ndim)])
     name = node.inputs[1].name
-    node.inputs[1] = constant(fresh_name(graph, f"{name}_folded"), (old * spread).astype(old.dtype))
-    folded_bias = constant(fresh_name(graph, f"{name}_folded_bias"), bias.astype(old.dtype))
+    node.inputs[1] = constant(names(f"{name}_folded"), (old * spread).astype(old.dtype))
+    folded_bias = constant(names(f"{name}_folded_bias"), bias.astype(old.dtype))
     if len(node.inputs) < 3:
         node.inputs.append(folded_bias)
     else:
         node.inputs[2] = folded_bias
-    node.outputs.clear()
-    output = norm.outputs[0]
-    norm.outputs.clear()
-    node.outputs.append(output)
+    move_output(node, norm.outputs[0])

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import onnx_graphsurgeon as gs
 
+from ..fresh import FreshNames
+from ..rewiring import remove, replace_reads
 
-def lower_constants(graph: gs.Graph) -> int:
-    """Replace Constant nodes that hold a tensor by constants; return how many."""
+_PLAIN = {"value_float": np.float32, "value_floats": np.float32, "value_int": np.int64, "value_ints": np.int64}
+
+
+def lower_constants(graph: gs.Graph, names: FreshNames) -> int:
+    """Replace Constant nodes that hold numbers by constants of the same name; return how many.
+
+    One whose result is an output of the graph stays: only a node can give an output its name.
+    """
+    del names
+    outputs = {id(tensor) for tensor in graph.outputs}
     count = 0
-    for node in [n for n in graph.nodes if n.op == "Constant" and isinstance(n.attrs.get("value"), gs.Constant)]:
-        output, held = node.outputs[0], node.attrs["value"]
-        if any(output is t for t in graph.outputs):
-            continue
-        replacement = gs.Constant(output.name, held._values)
-        for reader in list(output.outputs):
-            for i, entry in enumerate(reader.inputs):
-                if entry is output:
-                    reader.inputs[i] = replacement
-        node.outputs.clear()
-        count += 1
-    graph.cleanup(remove_unused_graph_inputs=False)
+    for node in graph.nodes:
+        held = _values(node) if node.op == "Constant" and id(node.outputs[0]) not in outputs else None
+        if held is not None:
+            replace_reads(node.outputs[0], gs.Constant(node.outputs[0].name, held))
+            remove(node)
+            count += 1
     return count
+
+
+def _values(node: gs.Node) -> Any:
+    value = node.attrs.get("value")
+    if isinstance(value, gs.Constant):
+        return value._values
+    return next((np.asarray(node.attrs[name], dtype) for name, dtype in _PLAIN.items() if name in node.attrs), None)

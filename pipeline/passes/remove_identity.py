@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
+from ..fresh import FreshNames
+from ..graph import values
+from ..rewiring import remove, replace_reads
 
-def remove_identity(graph: gs.Graph) -> int:
-    """Bypass Identity and Dropout nodes whose result is no graph output; return how many."""
+
+def remove_identity(graph: gs.Graph, names: FreshNames) -> int:
+    """Bypass Identity and Dropout nodes whose result is no output of the graph; return how many."""
+    del names
+    outputs = {id(tensor) for tensor in graph.outputs}
     count = 0
-    for node in list(graph.nodes):
-        if node.op not in ("Identity", "Dropout") or not node.inputs or len(_used(graph, node)) > 1:
+    for node in graph.nodes:
+        if node.op not in ("Identity", "Dropout") or node.domain or not node.inputs or _may_train(node):
             continue
-        source, output = node.inputs[0], node.outputs[0]
-        if any(output is t for t in graph.outputs) or _may_train(node):
+        masks = [t for t in node.outputs[1:] if t.outputs or id(t) in outputs]
+        if masks or id(node.outputs[0]) in outputs:
             continue
-        for reader in list(output.outputs):
-            for i, entry in enumerate(reader.inputs):
-                if entry is output:
-                    reader.inputs[i] = source
-        node.outputs.clear()
+        replace_reads(node.outputs[0], node.inputs[0])
+        remove(node)
         count += 1
-    graph.cleanup(remove_unused_graph_inputs=False)
     return count
 
 
-def _used(graph: gs.Graph, node: gs.Node) -> list[gs.Tensor]:
-    return [t for t in node.outputs if t.outputs or any(t is o for o in graph.outputs)]
-
-
 def _may_train(node: gs.Node) -> bool:
-    return node.op == "Dropout" and len(node.inputs) > 2 and not node.inputs[2].is_empty()
+    if node.op != "Dropout" or len(node.inputs) < 3 or node.inputs[2].is_empty():
+        return False
+    mode = node.inputs[2]
+    return not isinstance(mode, gs.Constant) or bool(values(mode).any())

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import logging
 
-from ...calibrate.qarray import Spec
-from ..graph import Model, check
+from onnx import GraphProto
+
+from ...calibrate.errors import UnsupportedError
+from ..graph import Model, all_graphs, check
 from ..plan import Plan
 from ..recipe import Recipe
 from ..targets import TARGETS
+from .context import PER_CHANNEL_OPSET
+from .upgrade import move_opset
 
-PER_CHANNEL_OPSET = 13
 BLOCKED_OPSET = 21
-IR_OF_OPSET = {13: 7, 15: 8, 19: 9, 21: 10, 23: 11, 24: 12, 25: 13}
+IR_OF_OPSET = {10: 5, 11: 6, 12: 7, 13: 7, 15: 8, 19: 9, 21: 10, 23: 11, 24: 12, 25: 13}
 """IR version that came with an opset (ONNX, Versioning); a newer one would shut out older runtimes for nothing."""
+_WEIGHTS_AS_INPUTS_IR = 3
+"""Last IR version in which every initializer had to be listed among the inputs."""
+
+_LOG = logging.getLogger(__name__)
 
 
-def needed_opset(specs: Iterable[Spec], start: int) -> int:
-    """Return the lowest opset, not below ``start``, that can express all specs."""
+def needed_opset(plan: Plan, start: int) -> int:
+    """Return the lowest opset, not below ``start``, that can express what a plan stores."""
     level = start
-    for spec in specs:
+    for spec in [d.spec for d in plan.quantized() if d.spec is not None]:
         level = max(level, spec.format.min_opset)
         if spec.granularity.axis is not None:
             level = max(level, PER_CHANNEL_OPSET)
@@ -30,9 +37,15 @@ def needed_opset(specs: Iterable[Spec], start: int) -> int:
 
 
 def lower(model: Model, plan: Plan, recipe: Recipe) -> Model:
-    """Set versions and metadata and check the structure; ``model`` is changed in place and returned."""
-    model.opset = needed_opset((d.spec for d in plan.quantized() if d.spec is not None), model.opset)
-    model.ir_version = _ir_version(model)
+    """Return ``model`` with versions and metadata set, its structure checked.
+
+    An opset above what the target has kernels for is lowered where possible; else it stays, and the log says so.
+    """
+    if not runs_on_target(model, plan.target):
+        model = _below(model, TARGETS.get(plan.target).opset_ceiling)
+    model.ir_version, old = _ir_version(model), model.ir_version
+    if old <= _WEIGHTS_AS_INPUTS_IR:
+        _unlist_weights(model)
     kinds = {d.form for d in plan.quantized()}
     model.metadata.update(
         {
@@ -53,8 +66,27 @@ def runs_on_target(model: Model, target: str) -> bool:
     return model.opset <= TARGETS.get(target).opset_ceiling
 
 
+def _below(model: Model, ceiling: int) -> Model:
+    try:
+        return move_opset(model, ceiling)
+    except UnsupportedError as error:
+        _LOG.warning("opset %d stays, beyond what the target has kernels for: %s", model.opset, error.found)
+        return model
+
+
 def _ir_version(model: Model) -> int:
-    """Return the lowest IR version that the opset goes with; an older model keeps its own."""
+    """Return the lowest IR version that the opset goes with; an older model keeps its own, from 4 on."""
     needed = max((ir for opset, ir in IR_OF_OPSET.items() if opset <= model.opset), default=model.ir_version)
     ceiling = IR_OF_OPSET[max(IR_OF_OPSET)]
-    return needed if model.ir_version > ceiling else max(needed, model.ir_version)
+    return needed if model.ir_version > ceiling else max(needed, model.ir_version, _WEIGHTS_AS_INPUTS_IR + 1)
+
+
+def _unlist_weights(model: Model) -> None:
+    """Take weights out of the inputs, where the old format listed them: today that means they may be overridden."""
+    for graph in all_graphs(model.graph):
+        origin = vars(graph).get("origin")
+        if origin is not None:
+            rest = GraphProto()
+            rest.CopyFrom(origin)
+            rest.ClearField("input")
+            vars(graph)["origin"] = rest

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from ...calibrate.errors import ModelError
 from ...calibrate.qarray import QArray
 from ...calibrate.weights import WEIGHT_METHODS
 from ..calibration import Calibration
-from ..constants import constant_statistics
 from ..forms import Workbench
 from ..graph import Model, all_graphs
 from ..plan import Plan, Site
 from ..recipe import Recipe, make_recipe
+from ..statistics import with_constants, with_moved
 from .decide import decide
 from .insert import insert
-from .lower import lower
+from .lower import lower, needed_opset
+from .prepare import prepare
 from .solve import Key, Solved, solve
+from .upgrade import move_opset
 from .weights import quantize_weights, settle_nonfinite
 
 QUANTIZED_OPS = frozenset(
@@ -86,25 +87,29 @@ def quantize_model(
     model_hash: str = "",
     options: QuantizeOptions = QuantizeOptions(),
 ) -> Quantized:
-    """Quantize a prepared model in place.
+    """Quantize a prepared model.
 
     Args:
-        model: Float model, after `prepare`.
+        model: Float model, after `prepare`; used up.
         recipe: What the user asks.
         calibration: Statistics of the model's activations; None when the recipe needs none.
         model_hash: Recorded in plan and metadata.
         options: What is tolerated.
 
     Raises:
+        DataError: The recipe needs statistics and there are none.
         ModelError: The model is quantized already, or holds weights that are not finite.
+        UnsupportedError: The number types need a higher opset, and the model cannot be brought to it.
     """
     if not options.requantize:
         refuse_quantized(model)
+    calibration = with_moved(model.graph, calibration) if calibration is not None else None
     plan = decide(model.graph, recipe, calibration, model_hash, model.functions)
+    if needed_opset(plan, model.opset) > model.opset:
+        model = prepare(move_opset(model, needed_opset(plan, model.opset)))
+        plan = decide(model.graph, recipe, calibration, model_hash, model.functions)
     plan = settle_nonfinite(model.graph, plan, skip=options.skip_nonfinite)
-    if calibration is not None:
-        known = constant_statistics(model.graph, plan)
-        calibration = dataclasses.replace(calibration, tensors={**calibration.tensors, **known})
+    calibration = with_constants(model.graph, plan, calibration) if calibration is not None else None
     activations = solve(plan, calibration, recipe.method)
     weights = quantize_weights(model.graph, plan, calibration)
     bench = Workbench(graph=model.graph, activations={key: s.params for key, s in activations.items()}, weights=weights)

@@ -1,0 +1,38 @@
+"""Statistics that follow from others: of tensors that only move values, and of constants."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import onnx_graphsurgeon as gs
+
+from ..calibrate.stats.histogram import Histogram
+from .calibration import Calibration, TensorStats
+from .constants import weight_of
+from .graph import all_graphs
+from .plan import Plan
+
+_MOVES = frozenset({"Identity", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze"})
+
+
+def with_moved(graph: gs.Graph, calibration: Calibration) -> Calibration:
+    """Return ``calibration`` with tensors that it lacks and that hold the values of one it has, in another layout.
+
+    Passes make such tensors, and collecting ran the file as it was before them.
+    """
+    found = dict(calibration.tensors)
+    for node in (node for inner in all_graphs(graph) for node in inner.nodes):
+        if node.op in _MOVES and not node.domain and node.inputs and node.inputs[0].name in found:
+            found.setdefault(node.outputs[0].name, TensorStats(histogram=found[node.inputs[0].name].histogram))
+    return dataclasses.replace(calibration, tensors=found)
+
+
+def with_constants(graph: gs.Graph, plan: Plan, calibration: Calibration) -> Calibration:
+    """Return ``calibration`` with the constants that a plan stores like activations, counted from their values."""
+    wanted = {(d.site.node, d.site.index) for d in plan.quantized() if d.site.role == "activation"}
+    found = dict(calibration.tensors)
+    for node in (node for inner in all_graphs(graph) for node in inner.nodes):
+        for index, tensor in enumerate(node.inputs):
+            if (node.name, index) in wanted and tensor.name not in found and (weight := weight_of(tensor)) is not None:
+                found[tensor.name] = TensorStats(histogram=Histogram.of(weight.values()))
+    return dataclasses.replace(calibration, tensors=found)

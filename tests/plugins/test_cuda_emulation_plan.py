@@ -7,8 +7,12 @@ import itertools
 import cuda_emulation as ce
 import ml_dtypes
 import numpy as np
+import onnx
+import onnx.parser
 import pytest
+from qpipe.calibrate.errors import UnsupportedError
 from qpipe.calibrate.stats.histogram import Histogram
+from qpipe.plugins.range_stats.device import attach, empty_state, histogram_of
 
 H200 = ce.Device(90, 132, 232448)
 A100 = ce.Device(80, 108, 166912)
@@ -76,17 +80,6 @@ def test_rows_too_long_for_shared_memory_take_the_two_kernel_path(emulation: ce.
     assert emulation.choose(ce.Shape(1, 4096, 28672, 16, 2), H200).path == ce.SMALL
 
 
-def empty_state() -> np.ndarray:
-    state = np.zeros(65544, np.uint64)
-    state[65537] = 0xFFFFFFFF
-    return state
-
-
-def key(value: float) -> int:
-    bits = int(np.float32(value).view(np.uint32))
-    return bits ^ (0xFFFFFFFF if bits >> 31 else 0x80000000)
-
-
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16], ids=str)
 def test_the_counters_are_those_of_the_histogram(emulation: ce.Emulation, dtype: type) -> None:
     rng = np.random.default_rng(4)
@@ -97,20 +90,28 @@ def test_the_counters_are_those_of_the_histogram(emulation: ce.Emulation, dtype:
         x[9:12] = [3e38, -3e38, 1e25]
     with np.errstate(over="ignore"):
         x = x.astype(dtype)
-    state = empty_state()
+    state = empty_state().view(np.uint64)
     emulation.count(x[:70_000], state)  # two runs: the state goes on
     emulation.count(x[69_995:], state, skip=5, blocks=1)  # begins at an odd address
-    expected = Histogram.of(x)
-    counts = np.zeros(65536, np.int64)
-    counts[expected.ids] = expected.counts
-    np.testing.assert_array_equal(state[:65536].astype(np.int64), counts)
-    e = expected.extrema
-    assert state[65536:].tolist() == [
-        expected.low_bits, key(e.lo), key(e.hi), e.nan, e.pos_inf, e.neg_inf, e.sentinel, 0,
-    ]  # fmt: skip
+    assert histogram_of(state.view(np.int64)) == Histogram.of(x)
 
 
 def test_counting_nothing_changes_nothing(emulation: ce.Emulation) -> None:
-    state = empty_state()
+    state = empty_state().view(np.uint64)
     emulation.count(np.zeros(0, np.float32), state, blocks=1)
-    np.testing.assert_array_equal(state, empty_state())
+    assert histogram_of(state.view(np.int64)) == Histogram.empty()
+
+
+def test_counters_become_inputs_and_outputs_of_the_graph() -> None:
+    proto = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 17]> g (float[n, 4] x) => (float[n, 4] y) { h = Relu(x) y = Exp(h) }"""
+    )
+    assert attach(proto, ["h", "x", "h"], sentinel=1e20) == ["h", "x"]
+    assert [entry.name for entry in proto.graph.input] == ["x", "h_range_state", "x_range_state"]
+    assert [entry.name for entry in proto.graph.output] == ["y", "h_range_state_next", "x_range_state_next"]
+    assert {(n.op_type, n.domain, n.input[0]) for n in proto.graph.node[2:]} == {
+        ("RangeStats", "qpipe", "h"),
+        ("RangeStats", "qpipe", "x"),
+    }
+    with pytest.raises(UnsupportedError):
+        attach(proto, ["nowhere"])

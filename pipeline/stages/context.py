@@ -51,10 +51,16 @@ class Context:
         """Return the recipe of one node."""
         return next((recipe for pattern, recipe in self.layers if matches(pattern, node)), self.recipe)
 
+    def form_for(self, node: gs.Node) -> str:
+        """Return how the graph expresses the decisions of one node."""
+        recipe = self.recipe_for(node)
+        is_dynamic = recipe.activations is not None and recipe.activations.dynamic
+        return recipe.form or ("dynamic" if is_dynamic else "qdq")
+
     def is_static(self, node: gs.Node) -> bool:
         """Whether activations of a node get scales from calibration, so that codes can pass to its neighbours."""
-        recipe = self.recipe_for(node)
-        return recipe.form == "qdq" and recipe.activations is not None and not recipe.activations.dynamic
+        options = self.recipe_for(node).activations
+        return self.form_for(node) == "qdq" and options is not None and not options.dynamic
 
     def activation_spec(self, node: gs.Node, tensor: gs.Tensor) -> Spec:
         """Return how an activation of a node is stored."""

@@ -60,8 +60,9 @@ class _Draft:
         """Return the decisions of one node: inputs in order, then outputs."""
         return sorted(self.decisions[node.name], key=lambda d: (d.site.role == "output", d.site.slot))
 
-    def put_weight(self, node: gs.Node, slot: str, spec: Spec, recipe: Recipe, reason: str) -> None:
-        self.put(node, slot, "weight", spec, reason, recipe.form)
+    def put_weight(self, node: gs.Node, slot: int, spec: Spec, context: Context, reason: str) -> None:
+        recipe = context.recipe_for(node)
+        self.put(node, f"in{slot}", "weight", spec, reason, context.form_for(node))
         assert recipe.weights is not None
         entries = self.decisions[node.name]
         entries[-1] = replace(entries[-1], algorithm=recipe.weights.algorithm or DEFAULT_ALGORITHM)
@@ -211,7 +212,7 @@ def _weighted(node: gs.Node, rule: OpRule, context: Context, draft: _Draft, regi
     weight = weight_of(node.inputs[rule.weight])
     if weight is None or recipe.weights is None:
         return _without_weight(node, rule, context, regions)
-    if recipe.form == "outlier":
+    if context.form_for(node) == "outlier":
         return _outlier(node, rule.weight, weight, context, draft)
     spec = context.weight_spec(node, rule, weight)
     if context.is_static(node):
@@ -220,11 +221,11 @@ def _weighted(node: gs.Node, rule: OpRule, context: Context, draft: _Draft, regi
             return why
     elif recipe.activations is not None:
         spec_of_data = context.activation_spec(node, node.inputs[0])
-        draft.put(node, "in0", "activation", spec_of_data, "scaled at run time", recipe.form)
+        draft.put(node, "in0", "activation", spec_of_data, "scaled at run time", context.form_for(node))
     reason = "weight of a quantized operator"
     if context.opset < PER_CHANNEL_OPSET and recipe.weights.granularity == "channel":
         reason += f"; one scale per tensor, for opset {context.opset} has none per channel (qpipe quantize --upgrade)"
-    draft.put_weight(node, f"in{rule.weight}", spec, recipe, reason)
+    draft.put_weight(node, rule.weight, spec, context, reason)
     if rule.bias is not None and rule.bias < len(node.inputs) and weight_of(node.inputs[rule.bias]) is not None:
         _bias(node, rule.bias, context, draft)
     return ""
@@ -285,7 +286,7 @@ def _bias(node: gs.Node, slot: int, context: Context, draft: _Draft) -> None:
 
 def _decide_member(node: gs.Node, rule: OpRule, context: Context, draft: _Draft, regions: Regions) -> None:
     """Write the decisions of one node of a region: the inputs that it reads as codes, and its output."""
-    form = context.recipe_for(node).form
+    form = context.form_for(node)
     decided = {d.site.slot for d in draft.decisions.get(node.name, []) if d.site.role == "weight"}
     for slot, tensor in rule.data_inputs(node):
         if f"in{slot}" not in decided:

@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,7 @@ OLDEST_ONNXRUNTIME = (1, 18)
 PATH_VARIABLE = "QPIPE_PLUGIN"
 
 _SOURCE = Path(__file__).resolve().parent
+_ELF_HEADER = struct.Struct("<40xQ10xHH2x")  # e_shoff, e_shentsize, e_shnum of a 64-bit file
 _TAIL = 15  # lines of a failed command that a message shows
 
 
@@ -176,6 +178,7 @@ def _writable_folder() -> Path:
 @cache
 def _load(path: Path) -> ctypes.CDLL:
     try:
+        _check_whole(path)
         loaded = ctypes.CDLL(str(path))
         loaded.qpipe_info.restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
@@ -187,6 +190,17 @@ def _load(path: Path) -> ctypes.CDLL:
             do=BUILD_LINE,
         ) from error
     return loaded
+
+
+def _check_whole(path: Path) -> None:
+    """Raise OSError for a file that was cut short: the system's loader would end the process with SIGBUS."""
+    with path.open("rb") as file:
+        header = file.read(_ELF_HEADER.size)
+    if len(header) < _ELF_HEADER.size or not header.startswith(b"\x7fELF\x02\x01"):
+        raise OSError("no 64-bit ELF library")
+    sections, entry_size, entries = _ELF_HEADER.unpack(header)
+    if path.stat().st_size < sections + entry_size * entries:
+        raise OSError("the file is cut short")
 
 
 def _check_onnxruntime(path: Path) -> None:

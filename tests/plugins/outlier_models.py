@@ -42,7 +42,7 @@ class Case:
         node = helper.make_node(OP_TYPE, names, outputs, domain=DOMAIN, limit=float(self.limit))
         kind = TYPES[self.x.dtype]
         dims = [*(f"d{i}" for i in range(self.x.ndim - 1)), self.x.shape[-1]]
-        infos = [helper.make_tensor_value_info("y", kind, None)]
+        infos = [helper.make_tensor_value_info("y", kind, [*dims[:-1], self.packed.w_q.shape[0]])]
         infos += [helper.make_tensor_value_info("new_outliers", TensorProto.INT64, [])] * self.counter
         initializers = [tensor(value, name) for name, value in constants.items()]
         graph = helper.make_graph([node], "g", [helper.make_tensor_value_info("x", kind, dims)], infos, initializers)

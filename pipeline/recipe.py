@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ..calibrate.errors import RecipeError
 from ..calibrate.formats import FORMATS
 from ..calibrate.granularity import PER_TENSOR, per_block, per_channel
 from ..calibrate.qarray import Spec
+from .schemes import SCHEMES
 
 
 class _Part(BaseModel):
@@ -23,25 +25,35 @@ class _Part(BaseModel):
 
 
 class WeightOptions(_Part):
-    """How weights are stored.
+    """How weights are stored. ``weights: int4`` is short for ``weights: {format: int4}``.
 
     Attributes:
         format: Number format, e.g. ``int8``.
-        granularity: One scale per tensor, per output channel, or per block of input channels.
+        granularity: One scale per tensor, per output channel, per block of input channels, or for the whole model.
         block_size: Values per block when the granularity is ``block``.
         symmetric: Zero point at the middle of the codes.
         narrow_range: Leave out the lowest code, so that codes are symmetric too.
         reduce_bits: Bits given up for kernels that saturate; None lets the target limit pairs of codes instead.
-        algorithm: Weight algorithm that picks the codes; None lets the scheme choose.
+        algorithm: Weight algorithm that picks the codes, ``rtn`` when None.
+        embeddings: Store the tables of Gather too, with one scale per row.
+        accuracy_level: What MatMulNBits rounds activations to: 1 leaves them float32, 4 takes int8; None lets the
+            target choose.
     """
 
     format: str = "int8"
-    granularity: Literal["tensor", "channel", "block"] = "channel"
+    granularity: Literal["tensor", "channel", "block", "model"] = "channel"
     block_size: int = Field(default=32, ge=1)
     symmetric: bool = True
     narrow_range: bool = True
     reduce_bits: int | None = Field(default=None, ge=0, le=7)
     algorithm: str | None = None
+    embeddings: bool = False
+    accuracy_level: Literal[0, 1, 2, 3, 4] | None = None
+
+    @property
+    def method(self) -> str:
+        """Weight algorithm that picks the codes; one scale for the whole model leaves nothing to pick."""
+        return self.algorithm or ("fixed" if self.granularity == "model" else "rtn")
 
     def spec(self, axis: int | None, block_axis: int | None, pair_limit: int = 0) -> Spec:
         """Return the `Spec` of a weight.
@@ -51,39 +63,48 @@ class WeightOptions(_Part):
             block_axis: Axis of the input channels, which blocks run along.
             pair_limit: What the target's kernels ask of int8 weights, unless the recipe gives up bits instead.
         """
-        granularity = PER_TENSOR
-        if self.granularity == "channel" and axis is not None:
+        fmt, granularity = FORMATS.get(self.format), PER_TENSOR
+        if (self.granularity == "block" or fmt.block_size) and block_axis is not None:
+            granularity = per_block(block_axis, fmt.block_size or self.block_size)
+        elif self.granularity == "channel" and axis is not None:
             granularity = per_channel(axis)
-        elif self.granularity == "block" and block_axis is not None:
-            granularity = per_block(block_axis, self.block_size)
-        fmt = FORMATS.get(self.format)
         return Spec(
             format=fmt,
             granularity=granularity,
             symmetric=self.symmetric,
             narrow_range=self.narrow_range and self.symmetric and fmt.is_integer and fmt.is_signed,
-            reduce_bits=self.reduce_bits or 0,
+            reduce_bits=(self.reduce_bits or 0) if fmt.is_integer else 0,
             pair_limit=pair_limit if fmt.name == "int8" and self.reduce_bits is None and self.symmetric else 0,
         )
 
 
 class ActivationOptions(_Part):
-    """How activations are stored.
+    """How activations are stored. ``activations: int8`` is short for ``activations: {format: int8}``.
 
     Attributes:
         format: Number format; None lets the target choose between signed and unsigned.
         symmetric: Zero point at the middle of the codes; None lets the target choose.
+        narrow_range: Leave out the lowest code.
+        reduce_bits: Bits given up, e.g. 1 for codes of 7 bits.
         dynamic: Scales are computed at run time from each tensor.
     """
 
     format: str | None = None
     symmetric: bool | None = None
+    narrow_range: bool = False
+    reduce_bits: int = Field(default=0, ge=0, le=7)
     dynamic: bool = False
 
     def spec(self, default_format: str, default_symmetric: bool) -> Spec:
         """Return the per-tensor `Spec` of an activation, with the target's defaults where the recipe says nothing."""
-        symmetric = default_symmetric if self.symmetric is None else self.symmetric
-        return Spec(format=FORMATS.get(self.format or default_format), granularity=PER_TENSOR, symmetric=symmetric)
+        fmt = FORMATS.get(self.format or default_format)
+        return Spec(
+            format=fmt,
+            granularity=PER_TENSOR,
+            symmetric=default_symmetric if self.symmetric is None else self.symmetric,
+            narrow_range=self.narrow_range and fmt.is_integer,
+            reduce_bits=self.reduce_bits if fmt.is_integer else 0,
+        )
 
 
 class OutlierOptions(_Part):
@@ -112,10 +133,24 @@ class LayerOptions(_Part):
     Attributes:
         match: Pattern of node names: a glob, ``re:`` and a regular expression, or ``op:`` and an operator type.
         scheme: Scheme of these nodes; ``float`` leaves them alone.
+        weights: Options of weights over those of the scheme; None changes nothing.
+        activations: Options of activations over those of the scheme; None changes nothing.
     """
 
     match: str
     scheme: str
+    weights: dict[str, Any] | str | None = None
+    activations: dict[str, Any] | str | None = None
+
+    @model_validator(mode="after")
+    def _is_sound(self) -> LayerOptions:
+        self.recipe()
+        return self
+
+    def recipe(self, **keys: Any) -> Recipe:
+        """Return the recipe of these nodes, with further ``keys``."""
+        own = {name: value for name in ("weights", "activations") if (value := getattr(self, name)) is not None}
+        return make_recipe(scheme=self.scheme, **own, **keys)
 
 
 class Recipe(_Part):
@@ -124,12 +159,14 @@ class Recipe(_Part):
     Attributes:
         scheme: Named scheme that the other keys start from.
         target: Deployment target.
-        form: How the graph expresses it: ``qdq``, ``dynamic``, ``outlier``, ``nbits``, ``cast``.
+        form: How the graph expresses it: ``qdq``, ``dynamic``, ``nbits``, ``bnb4``, ``outlier``; None takes for every
+            node what the target runs best.
         method: Calibration method of activations, e.g. ``mse`` or ``percentile:99.99``.
         weights: Options of weights; None leaves weights in float.
         activations: Options of activations; None leaves activations in float.
         outliers: Choice of outlier columns, for the form ``outlier``.
-        float_type: Type of what is not quantized, ``float16`` and ``bfloat16`` convert it.
+        float_type: Type of what is not quantized, to which it is converted; None keeps what the model has.
+        keep_io: Inputs and outputs of the model keep their types when ``float_type`` converts it.
         equalize: Equalization before quantizing, e.g. ``smoothquant:0.5``.
         bias_correction: Fold the expected output error into biases.
         include: Patterns of nodes that may be quantized; empty means all.
@@ -139,12 +176,13 @@ class Recipe(_Part):
 
     scheme: str = "w8a8"
     target: str = "ort-cpu"
-    form: Literal["qdq", "dynamic", "outlier", "nbits", "cast"] = "qdq"
+    form: Literal["qdq", "dynamic", "outlier", "nbits", "bnb4"] | None = None
     method: str = "auto"
     weights: WeightOptions | None = WeightOptions()
     activations: ActivationOptions | None = ActivationOptions()
     outliers: OutlierOptions = OutlierOptions()
     float_type: Literal["float32", "float16", "bfloat16"] | None = None
+    keep_io: bool = True
     equalize: str | None = None
     bias_correction: bool = False
     include: tuple[str, ...] = ()
@@ -154,14 +192,6 @@ class Recipe(_Part):
     def digest(self) -> str:
         """Return a hash of the whole recipe, stored with the result."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
-
-
-SCHEMES: dict[str, dict[str, Any]] = {
-    "w8a8": {"weights": {"format": "int8"}, "activations": {}},
-    "w8a8-outlier": {"form": "outlier", "activations": {"format": "int8", "symmetric": True, "dynamic": True}},
-    "float": {"weights": None, "activations": None},
-}
-"""Named schemes: what each sets in a `Recipe`. ``float`` is for layers that are left alone."""
 
 
 def make_recipe(**keys: Any) -> Recipe:
@@ -178,7 +208,7 @@ def make_recipe(**keys: Any) -> Recipe:
             expected=", ".join(near),
             do=f"use --scheme with one of: {', '.join(sorted(SCHEMES))}",
         )
-    merged = _merge(SCHEMES[scheme], keys)
+    merged = _merge(SCHEMES[scheme].keys, keys)
     merged["scheme"] = scheme
     try:
         return Recipe.model_validate(merged)
@@ -205,9 +235,12 @@ def load_recipe(path: Path) -> dict[str, Any]:
     return keys
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(base)
-    for key, value in over.items():
+    for key, given in over.items():
+        value = given
+        if key in ("weights", "activations") and isinstance(given, str):
+            value = None if given in ("none", "float") else {"format": given}
         if isinstance(value, dict) and isinstance(merged.get(key), dict):
             merged[key] = {**merged[key], **value}
         else:
@@ -223,7 +256,8 @@ def _recipe_error(error: ValidationError) -> RecipeError:
         return RecipeError(
             "a recipe key has a wrong value", where=place, found=repr(first["input"]), expected=first["msg"]
         )
-    known = {name for part in (Recipe, WeightOptions, ActivationOptions, OutlierOptions, LayerOptions) for name in part.model_fields}
+    parts = (Recipe, WeightOptions, ActivationOptions, OutlierOptions, LayerOptions)
+    known = {name for part in parts for name in part.model_fields}
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
     return RecipeError(
         f"the recipe has an unknown key {key!r}",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +24,20 @@ def command() -> None:
 @click.argument("name", required=False)
 @JSON
 def scheme(name: str | None, as_json: bool) -> None:
-    """Print the recipe that a scheme NAME amounts to; without NAME, list all."""
+    """Print the few lines of recipe that a scheme NAME is, and what it leaves in float; without NAME, list all."""
     import yaml
 
     from ..recipe import SCHEMES, make_recipe
 
     if name is None:
-        output.emit({"schemes": SCHEMES}, as_json, [f"{key}: {value}" for key, value in SCHEMES.items()])
+        data = {key: found.summary for key, found in SCHEMES.items()}
+        output.emit({"schemes": data}, as_json, output.table(["scheme", ""], [list(item) for item in data.items()]))
         return
-    recipe = make_recipe(scheme=name).model_dump(mode="json")
-    output.emit({"recipe": recipe}, as_json, yaml.safe_dump(recipe, sort_keys=False).splitlines())
+    recipe, found = make_recipe(scheme=name), SCHEMES[name]
+    lines = yaml.safe_dump({"scheme": name, **found.keys}, sort_keys=False).splitlines()
+    data = {"recipe": recipe.model_dump(mode="json"), "summary": found.summary, "in_float": found.in_float}
+    remarks = [*textwrap.wrap(found.summary), *textwrap.wrap(f"In float: {found.in_float}.")]
+    output.emit(data, as_json, [*(f"# {line}" for line in remarks), *lines])
 
 
 @command.command("method")
@@ -60,7 +66,7 @@ def target(name: str | None, as_json: bool) -> None:
         return
     found = TARGETS.get(name)
     facts = {field: getattr(found, field) for field in found.__dataclass_fields__}
-    facts = {k: sorted(v) if isinstance(v, frozenset) else v for k, v in facts.items()}
+    facts = {k: _plain(v) for k, v in facts.items()}
     output.emit({"target": facts}, as_json, [f"{k:<22}{_text(v)}" for k, v in facts.items()])
 
 
@@ -140,5 +146,13 @@ def _describe(registry: Any, name: str | None, as_json: bool) -> None:
     output.emit({"name": name, "text": text}, as_json, text.splitlines())
 
 
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return sorted(value) if isinstance(value, frozenset) else value
+
+
 def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {_text(inner)}" for key, inner in value.items())
     return ", ".join(str(v) for v in value) if isinstance(value, (list, tuple)) else str(value)

@@ -19,6 +19,7 @@ from ..patterns import matches
 from ..recipe import Recipe
 from ..rules import OpRule, rule_of
 from ..targets import Target
+from . import choice
 
 PER_CHANNEL_OPSET = 13
 """First opset whose DequantizeLinear takes a scale per channel."""
@@ -46,21 +47,35 @@ class Context:
     layers: tuple[tuple[str, Recipe], ...] = ()
     functions: Collection[tuple[str, str]] = ()
     _constants: dict[str, Histogram] = field(default_factory=dict)
+    _adapted: dict[int, Recipe] = field(default_factory=dict)
 
     def recipe_for(self, node: gs.Node) -> Recipe:
-        """Return the recipe of one node."""
-        return next((recipe for pattern, recipe in self.layers if matches(pattern, node)), self.recipe)
+        """Return the recipe of one node, as the target can run it."""
+        recipe = self._asked(node)
+        if id(recipe) not in self._adapted:
+            self._adapted[id(recipe)] = choice.adapt(recipe, self.target)
+        return self._adapted[id(recipe)]
 
     def form_for(self, node: gs.Node) -> str:
         """Return how the graph expresses the decisions of one node."""
-        recipe = self.recipe_for(node)
-        is_dynamic = recipe.activations is not None and recipe.activations.dynamic
-        return recipe.form or ("dynamic" if is_dynamic else "qdq")
+        return choice.form_of(node.op, self.recipe_for(node), self.target)
+
+    def why_float_data(self, node: gs.Node) -> str:
+        """Return why activations of a node stay in float against its recipe, ``""`` when they need not."""
+        return choice.refused_activations(self._asked(node), self.target)
 
     def is_static(self, node: gs.Node) -> bool:
         """Whether activations of a node get scales from calibration, so that codes can pass to its neighbours."""
         options = self.recipe_for(node).activations
         return self.form_for(node) == "qdq" and options is not None and not options.dynamic
+
+    def has_byte_codes(self, node: gs.Node) -> bool:
+        """Whether a node multiplies integers of 8 bits with static scales, as integer kernels do."""
+        recipe = self.recipe_for(node)
+        if not self.is_static(node) or recipe.activations is None or recipe.weights is None:
+            return False
+        formats = (recipe.weights.format, recipe.activations.format or self.target.activation_format)
+        return all(FORMATS.get(name).is_integer and FORMATS.get(name).bits == 8 for name in formats)
 
     def activation_spec(self, node: gs.Node, tensor: gs.Tensor) -> Spec:
         """Return how an activation of a node is stored."""
@@ -73,7 +88,8 @@ class Context:
         """Return how the weight of a node is stored."""
         recipe, rank = self.recipe_for(node), len(weight.shape)
         assert recipe.weights is not None
-        pair_limit = self.target.pair_limit if recipe.activations is not None else 0
+        is_integer_product = self.has_byte_codes(node) or self.form_for(node) == "dynamic"
+        pair_limit = self.target.pair_limit if is_integer_product else 0
         spec = recipe.weights.spec(rule.out_axis(node, rank), rule.in_axis(node, rank), pair_limit)
         if self.opset < PER_CHANNEL_OPSET and not spec.granularity.block_size:
             spec = dataclasses.replace(spec, granularity=PER_TENSOR)
@@ -114,9 +130,15 @@ class Context:
             return "the recipe leaves this layer in float"
         return ""
 
+    def _asked(self, node: gs.Node) -> Recipe:
+        return next((recipe for pattern, recipe in self.layers if matches(pattern, node)), self.recipe)
+
     def _unable(self, node: gs.Node, rule: OpRule) -> str:
-        if node.op not in self.target.kernels:
-            return f"the target {self.target.name} has no integer kernel for {node.op}"
+        without = choice.no_kernel(node.op, self.recipe_for(node), self.target) if rule.kind == "weighted" else ""
+        if rule.kind != "weighted" and node.op not in self.target.kernels:
+            without = f"the target {self.target.name} has no integer kernel for {node.op}"
+        if without:
+            return without
         inputs = [tensor for _, tensor in rule.data_inputs(node)]
         for tensor in inputs:
             if dtype_name(tensor) not in QUANTIZABLE:

@@ -23,14 +23,12 @@ from ..constants import QUANTIZABLE, Weight, dtype_name, weight_of
 from ..graph import all_graphs
 from ..patterns import require_matches
 from ..plan import Decision, Plan, Site
-from ..recipe import Recipe, make_recipe
+from ..recipe import LayerOptions, Recipe
 from ..rules import OpRule, rule_of
 from ..targets import TARGETS
-from . import outliers
+from . import choice, outliers
 from .context import PER_CHANNEL_OPSET, Context
 from .regions import Regions
-
-DEFAULT_ALGORITHM = "rtn"
 
 _LOG = logging.getLogger(__name__)
 
@@ -65,7 +63,7 @@ class _Draft:
         self.put(node, f"in{slot}", "weight", spec, reason, context.form_for(node))
         assert recipe.weights is not None
         entries = self.decisions[node.name]
-        entries[-1] = replace(entries[-1], algorithm=recipe.weights.algorithm or DEFAULT_ALGORITHM)
+        entries[-1] = replace(entries[-1], algorithm=recipe.weights.method)
 
 
 def decide(
@@ -136,15 +134,15 @@ def wanted_tensors(graph: gs.Graph) -> list[str]:
 def _context(
     graph: gs.Graph, recipe: Recipe, calibration: Calibration | None, functions: Collection[onnx.FunctionProto]
 ) -> Context:
-    def of_layer(scheme: str) -> Recipe:
-        return make_recipe(scheme=scheme, target=recipe.target, method=recipe.method)
+    def of_layer(entry: LayerOptions) -> Recipe:
+        return entry.recipe(target=recipe.target, method=recipe.method)
 
     return Context(
         recipe=recipe,
         target=TARGETS.get(recipe.target),
         calibration=calibration,
         opset=int(graph.opset),
-        layers=tuple((entry.match, of_layer(entry.scheme)) for entry in recipe.layers),
+        layers=tuple((entry.match, of_layer(entry)) for entry in recipe.layers),
         functions={(function.domain, function.name) for function in functions},
     )
 
@@ -212,6 +210,9 @@ def _weighted(node: gs.Node, rule: OpRule, context: Context, draft: _Draft, regi
     weight = weight_of(node.inputs[rule.weight])
     if weight is None or recipe.weights is None:
         return _without_weight(node, rule, context, regions)
+    why = choice.unable(node, weight, recipe, context.target)
+    if why:
+        return why
     if context.form_for(node) == "outlier":
         return _outlier(node, rule.weight, weight, context, draft)
     spec = context.weight_spec(node, rule, weight)
@@ -222,6 +223,8 @@ def _weighted(node: gs.Node, rule: OpRule, context: Context, draft: _Draft, regi
     elif recipe.activations is not None:
         spec_of_data = context.activation_spec(node, node.inputs[0])
         draft.put(node, "in0", "activation", spec_of_data, "scaled at run time", context.form_for(node))
+    elif context.why_float_data(node):
+        draft.put(node, "in0", "activation", None, context.why_float_data(node))
     reason = "weight of a quantized operator"
     if context.opset < PER_CHANNEL_OPSET and recipe.weights.granularity == "channel":
         reason += f"; one scale per tensor, for opset {context.opset} has none per channel (qpipe quantize --upgrade)"
@@ -276,7 +279,7 @@ def _seed(node: gs.Node, rule: OpRule, context: Context, regions: Regions) -> st
 
 def _bias(node: gs.Node, slot: int, context: Context, draft: _Draft) -> None:
     scaled = any(float(node.attrs.get(name, 1.0)) != 1.0 for name in ("alpha", "beta"))
-    integer = node.op in context.target.int32_bias and context.is_static(node) and not scaled
+    integer = node.op in context.target.int32_bias and context.has_byte_codes(node) and not scaled
     if integer and dtype_name(node.inputs[slot]) == "float32":
         reason = "int32 with scale s_x * s_w, as the integer kernel takes it"
         draft.put(node, f"in{slot}", "bias", None, reason, "int32")

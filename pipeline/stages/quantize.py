@@ -11,7 +11,7 @@ from ..calibration import Calibration
 from ..forms import Workbench
 from ..graph import Model, all_graphs
 from ..plan import Plan, Site
-from ..recipe import Recipe, make_recipe
+from ..recipe import Recipe
 from ..statistics import with_constants, with_moved
 from .decide import decide
 from .insert import insert
@@ -59,7 +59,7 @@ class QuantizeOptions:
 
 def needs_statistics(recipe: Recipe) -> bool:
     """Whether a recipe asks for something that only data can tell: static scales, outlier columns, input statistics."""
-    parts = [recipe, *(make_recipe(scheme=entry.scheme) for entry in recipe.layers)]
+    parts = [recipe, *(entry.recipe() for entry in recipe.layers)]
     return needed_detail(recipe) != "none" or any(
         part.activations is not None and not part.activations.dynamic for part in parts
     )
@@ -67,7 +67,7 @@ def needs_statistics(recipe: Recipe) -> bool:
 
 def needed_detail(recipe: Recipe) -> str:
     """Return what a recipe needs to know of layer inputs beside their histograms; see `stages.details`."""
-    parts = [recipe, *(make_recipe(scheme=entry.scheme) for entry in recipe.layers)]
+    parts = [recipe, *(entry.recipe() for entry in recipe.layers)]
     needs = {need for part in parts for need in _needs(part)}
     return "gram" if "gram" in needs else "channels" if needs else "none"
 

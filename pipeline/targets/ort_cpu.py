@@ -2,17 +2,22 @@
 
 Its optimizer turns DQ, DQ -> MatMul into MatMulIntegerToFloat, which keeps a float output, so no quantizer stands
 behind a MatMul; Conv becomes QLinearConv only with a quantizer behind it and an int32 bias. ConvTranspose has no
-integer kernel there.
+integer kernel there. DynamicQuantizeLinear, MatMulInteger, Cast and Mul become DynamicQuantizeMatMul, or
+MatMulIntegerToFloat where several products share one quantizer.
 """
 
 from __future__ import annotations
 
 from ...calibrate.weights.pairs import PAIR_LIMIT
 from ..cpu import int8_saturates
-from . import TARGETS, Target
+from . import MATRIX_PRODUCTS, PRODUCTS, TARGETS, Target
 from .portable import COMPUTE, ELEMENTWISE, MOVES
 
 _KERNELS = (COMPUTE - {"ConvTranspose"}) | ELEMENTWISE | MOVES | {"LeakyRelu", "Sigmoid"}
+_FLOAT8 = (
+    "its optimizer fuses float8 Q/DQ around a MatMul into an operator that takes no float8, and then refuses the model"
+)
+_WIDE = "it has no kernels for 16-bit codes: Q/DQ run as they stand around float products, slower than float"
 
 
 def _add(name: str, summary: str, pair_limit: int) -> None:
@@ -24,8 +29,26 @@ def _add(name: str, summary: str, pair_limit: int) -> None:
             kernels=_KERNELS,
             needs_output=frozenset({"Conv"}),
             int32_bias=frozenset({"Conv", "Gemm"}),
+            forms={
+                "weights": PRODUCTS,
+                "dynamic": MATRIX_PRODUCTS,
+                "nbits": MATRIX_PRODUCTS,
+                "bnb4": MATRIX_PRODUCTS,
+                "outlier": MATRIX_PRODUCTS,
+            },
+            refused={"float8_e4m3fn": _FLOAT8, "float8_e5m2": _FLOAT8},
+            emulated={"int16": _WIDE, "uint16": _WIDE},
+            accuracy_level=4,
+            float_types=frozenset({"float32", "float16"}),
+            half_scales=False,
+            # Without a float16 kernel these are taken apart into several operators each, twice the time of float32.
+            float32_ops=frozenset({"Softmax", "LogSoftmax", "Gelu", "HardSwish", "Mish", "Softplus", "Celu"}),
             pair_limit=pair_limit,
-            source="ONNX Runtime 1.31, QDQ selectors of the CPU provider",
+            source="ONNX Runtime 1.31, CPU provider: its optimized graphs and capability table as measured",
+            notes=(
+                "float16 saves memory there, not time: most operators are computed in float32 between casts",
+                "ConvInteger takes as long as a float Conv or longer, so dynamic schemes leave Conv in float",
+            ),
         ),
     )
 

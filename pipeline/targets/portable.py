@@ -1,10 +1,10 @@
-"""Any runtime that reads QuantizeLinear and DequantizeLinear."""
+"""Any runtime that reads standard ONNX; OutlierMatMul brings its body along."""
 
 from __future__ import annotations
 
-from . import TARGETS, Target
+from . import MATRIX_PRODUCTS, PRODUCTS, TARGETS, Target
 
-COMPUTE = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul"})
+COMPUTE = PRODUCTS
 ELEMENTWISE = frozenset({"Add", "Mul", "AveragePool", "GlobalAveragePool"})
 SHAPES = frozenset({"Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Slice", "Expand", "Tile"})
 PICKS = frozenset({"Concat", "Split", "Gather", "GatherElements", "Where", "DepthToSpace", "Resize"})
@@ -17,10 +17,11 @@ TARGETS.add(
     "portable",
     Target(
         name="portable",
-        summary="standard QuantizeLinear/DequantizeLinear only, for any runtime",
+        summary="standard ONNX operators only, for any runtime",
         kernels=COMPUTE | ELEMENTWISE | MOVES | FURTHER_MOVES,
         needs_output=frozenset({"Conv", "ConvTranspose"}),
         int32_bias=frozenset({"Conv", "Gemm"}),
-        source="ONNX operators QuantizeLinear and DequantizeLinear",
+        forms={"weights": PRODUCTS, "dynamic": MATRIX_PRODUCTS, "outlier": MATRIX_PRODUCTS},
+        source="ONNX operators QuantizeLinear, DequantizeLinear, DynamicQuantizeLinear and MatMulInteger",
     ),
 )

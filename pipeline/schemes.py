@@ -1,0 +1,113 @@
+"""Named schemes: a few lines of the recipe language each, where a recipe starts from.
+
+``w`` and ``a`` stand for weights and activations, the number behind for their bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+_BY_RULE = (
+    "what no integer kernel gains on or what 8 bits ruin, each by the rule that `qpipe explain op` prints: "
+    "normalizations, Softmax, smooth nonlinearities, embeddings, products of two activations (attention)"
+)
+_ALL_ACTIVATIONS = (
+    "all activations, and every weight that is no matrix or kernel of a product: embeddings (weights.embeddings stores "
+    "them too), normalizations, biases"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """A scheme.
+
+    Attributes:
+        summary: What it does and when to take it.
+        keys: What it sets in a `Recipe`.
+        in_float: What it leaves in float, and why.
+    """
+
+    summary: str
+    keys: Mapping[str, Any]
+    in_float: str = _BY_RULE
+
+
+def _weight_only(summary: str, in_float: str = _ALL_ACTIVATIONS, **weights: Any) -> Scheme:
+    return Scheme(summary=summary, keys={"weights": weights, "activations": None}, in_float=in_float)
+
+
+def _conversion(float_type: str, summary: str, in_float: str) -> Scheme:
+    return Scheme(
+        summary=summary, keys={"weights": None, "activations": None, "float_type": float_type}, in_float=in_float
+    )
+
+
+SCHEMES: dict[str, Scheme] = {
+    "w8a8": Scheme(
+        summary="int8 weights and 8-bit activations with scales from calibration: the fastest on CPUs",
+        keys={"weights": {"format": "int8"}, "activations": {}},
+    ),
+    "w8a8-dynamic": Scheme(
+        summary="int8 weights, 8-bit activations with scales found at run time: needs no data",
+        keys={"weights": {"format": "int8"}, "activations": {"dynamic": True}},
+        in_float=f"{_BY_RULE}; Conv, whose integer kernel with run-time scales is slower than the float one",
+    ),
+    "w8a8-outlier": Scheme(
+        summary="int8 rows and columns, outlier columns in floating point (LLM.int8())",
+        keys={"form": "outlier", "activations": {"format": "int8", "symmetric": True, "dynamic": True}},
+        in_float=f"{_BY_RULE}; the columns whose inputs are outliers",
+    ),
+    "w8": _weight_only("int8 weights per output channel: a quarter of the size, next to no loss", format="int8"),
+    "w4": _weight_only(
+        "4-bit weights in blocks of 32: an eighth of the size, for models that wait for memory",
+        format="int4",
+        granularity="block",
+        block_size=32,
+        algorithm="rtn_mse",
+    ),
+    "w4-nf4": _weight_only(
+        "NF4 weights in blocks of 64, as bitsandbytes stores them: ONNX Runtime's MatMulBnb4",
+        f"{_ALL_ACTIVATIONS}; products that MatMulBnb4 does not compute (Conv, inputs that 64 does not divide)",
+        format="nf4",
+        granularity="block",
+        block_size=64,
+    ),
+    "w8-global": _weight_only(
+        "int8 weights with one scale for the whole model: a baseline, to see what scales per channel gain",
+        format="int8",
+        granularity="model",
+    ),
+    "w8a16": Scheme(
+        summary="int8 weights, int16 activations: accuracy of float where a runtime has 16-bit kernels (NPUs)",
+        keys={"weights": {"format": "int8"}, "activations": {"format": "int16", "symmetric": True}},
+    ),
+    "w16a16": Scheme(
+        summary="int16 weights and activations: a measure of what 16 bits lose",
+        keys={"weights": {"format": "int16"}, "activations": {"format": "int16", "symmetric": True}},
+    ),
+    "fp8": Scheme(
+        summary="float8 e4m3 weights and activations, for GPUs from Ada and Hopper on (TensorRT)",
+        keys={
+            "weights": {"format": "float8_e4m3fn"},
+            "activations": {"format": "float8_e4m3fn", "symmetric": True},
+        },
+    ),
+    "fp16": _conversion(
+        "float16",
+        "float16 throughout: half the size; inputs and outputs keep their types",
+        "tensors whose calibrated range exceeds 65504 and the operators at them; operators without float16",
+    ),
+    "bf16": _conversion(
+        "bfloat16",
+        "bfloat16 throughout: half the size with the range of float32; inputs and outputs keep their types",
+        "operators without bfloat16",
+    ),
+    "float": Scheme(
+        summary="nothing is quantized: for layers that are to be left alone",
+        keys={"weights": None, "activations": None},
+        in_float="everything",
+    ),
+}
+"""Every named scheme. The options of `Recipe` that a scheme does not set keep their defaults."""

@@ -1,0 +1,114 @@
+"""Which form a node takes, out of recipe and target, and what keeps it from taking that form."""
+
+from __future__ import annotations
+
+import math
+
+import onnx_graphsurgeon as gs
+
+from ...calibrate.errors import RecipeError
+from ...calibrate.formats import FORMATS
+from ..constants import Weight, weight_of
+from ..layouts import layout_of
+from ..recipe import Recipe
+from ..targets import Target
+
+PACKED_BITS = (4, 8)
+"""Bits of the integers that MatMulNBits computes with."""
+BNB4_BLOCKS = (16, 32, 64, 128, 256)
+"""Block sizes that MatMulBnb4 computes with."""
+
+
+def adapt(recipe: Recipe, target: Target) -> Recipe:
+    """Return the recipe as the target can run it: activations that it refuses stay in float.
+
+    Raises:
+        RecipeError: Recipe and target contradict each other.
+    """
+    activations, weights = recipe.activations, recipe.weights
+    wanted = (activations is not None and activations.symmetric is False) or (
+        weights is not None and not weights.symmetric
+    )
+    if wanted and not target.asymmetric:
+        raise RecipeError(
+            f"the target {target.name} has zero points of 0 only",
+            found="symmetric: false",
+            expected="symmetric codes",
+            do="leave symmetric out, or choose another --target",
+        )
+    if activations is not None and activations.dynamic and recipe.form in (None, "dynamic"):
+        _require_dynamic(activations.format, activations.symmetric)
+    if refused_activations(recipe, target):
+        return recipe.model_copy(update={"activations": None})
+    return recipe
+
+
+def _require_dynamic(fmt: str | None, symmetric: bool | None) -> None:
+    if fmt not in (None, "uint8") or symmetric:
+        raise RecipeError(
+            "DynamicQuantizeLinear gives asymmetric uint8 codes only",
+            found=f"{fmt or 'uint8'}, {'symmetric' if symmetric else 'asymmetric'}",
+            expected="uint8, asymmetric",
+            do="leave format and symmetric of the activations out, or dynamic",
+        )
+
+
+def refused_activations(recipe: Recipe, target: Target) -> str:
+    """Return why the target does not run activations as the recipe wants them, ``""`` when it does."""
+    fmt = recipe.activations.format if recipe.activations is not None else None
+    reason = target.refused.get(fmt or "")
+    return f"{target.name} does not run {fmt} activations: {reason}" if reason else ""
+
+
+def form_of(op: str, recipe: Recipe, target: Target) -> str:
+    """Return the form of an operator type under an adapted recipe: the recipe's, or what the target runs best."""
+    if recipe.form is not None:
+        return recipe.form
+    if recipe.activations is not None:
+        return "dynamic" if recipe.activations.dynamic else "qdq"
+    if recipe.weights is None:
+        return "qdq"
+    fmt, weights = FORMATS.get(recipe.weights.format), recipe.weights
+    if fmt.lowering == "bnb4":
+        return "bnb4"
+    packs = fmt.is_integer and fmt.bits in PACKED_BITS and weights.granularity == "block"
+    size = weights.block_size
+    if packs and size >= 16 and size & (size - 1) == 0 and op in target.forms.get("nbits", ()):
+        return "nbits"
+    return "qdq"
+
+
+def no_kernel(op: str, recipe: Recipe, target: Target) -> str:
+    """Return why an operator type stays in float on a target whatever its attributes are, ``""`` when it need not."""
+    form = form_of(op, recipe, target)
+    if form == "qdq" and recipe.activations is not None:
+        return "" if op in target.kernels else f"the target {target.name} has no integer kernel for {op}"
+    key = "weights" if form == "qdq" else form
+    if op in target.forms.get(key, ()):
+        return ""
+    what = {"weights": "weights alone as codes", "dynamic": "scales found at run time"}.get(key, f"the form {key!r}")
+    return f"the target {target.name} gains nothing from {op} with {what}, or does not run it"
+
+
+def unable(node: gs.Node, weight: Weight, recipe: Recipe, target: Target) -> str:
+    """Return why one weighted node cannot take its form, ``""`` when it can."""
+    assert recipe.weights is not None
+    if target.weight_formats and recipe.weights.format not in target.weight_formats:
+        return f"the target {target.name} runs no {recipe.weights.format} weights"
+    form = form_of(node.op, recipe, target)
+    if form in ("qdq", "outlier"):
+        return ""
+    if len(weight.shape) != 2:
+        return "its weight is a stack of matrices, and the operator that would replace it takes one"
+    scaled = [float(node.attrs.get(name, 1.0)) != 1.0 for name in ("alpha", "beta")]
+    if node.op == "Gemm" and (any(scaled) or node.attrs.get("transA", 0)):
+        return "a Gemm that scales its operands or transposes its input has no such form"
+    if node.op == "Gemm" and len(node.inputs) > 2 and not node.inputs[2].is_empty():
+        bias = weight_of(node.inputs[2])
+        if bias is None:
+            return "its bias is computed at run time"
+    inputs = math.prod(weight.shape) // weight.shape[layout_of(node, weight.shape).order[0]]
+    size = FORMATS.get(recipe.weights.format).block_size or recipe.weights.block_size
+    if form == "bnb4" and (size not in BNB4_BLOCKS or inputs % size):
+        return f"MatMulBnb4 needs blocks of {BNB4_BLOCKS} that divide its {inputs} inputs, not of {size}"
+    return ""

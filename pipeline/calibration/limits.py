@@ -1,31 +1,84 @@
-"""How much memory a run would take, estimated before it runs.
+"""How much memory a run would take, found out before it runs.
 
 ONNX's own shape inference, given the sizes of real inputs and the values of constant shapes, sees through
 ConstantOfShape, Expand and Tile: a small file that asks for hundreds of gigabytes is recognised without allocating.
+Inference that follows computed shapes writes out the values of small integer tensors and can itself be made to take
+any amount of memory; it therefore comes second, and under a limit of its own.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx
-import psutil
 from google.protobuf.message import DecodeError, EncodeError
 
 from ...calibrate.errors import ModelError
-from ..data.feed import cut, samples_in
-from .probe import Batch, Probe, nbytes
+from ..data import Batch
+
+_HEADROOM = 2**30
 
 
-def estimate(proto: onnx.ModelProto, batch: Batch) -> dict[str, int]:
-    """Return the bytes of every tensor whose shape is known once the inputs are as large as in ``batch``.
+def check_memory(proto: onnx.ModelProto, batch: Batch, limit: int) -> dict[str, int]:
+    """Refuse a model that makes a tensor of more than ``limit`` bytes.
 
     Args:
-        proto: The model; external data is not read. Its inputs' sizes are not changed.
-        batch: Arrays by input.
+        proto: The model; external data is not read.
+        batch: Arrays by input; none for what is known whatever the inputs are.
+        limit: Bytes that one tensor may take.
+
+    Returns:
+        The bytes of every tensor whose size can be told.
+
+    Raises:
+        ModelError: Names the node and the size.
     """
+    sized = _with_sizes(proto, batch)
+    found: dict[str, int] = {}
+    for follow_values in (False, True):
+        try:
+            with headroom(_HEADROOM):
+                inferred = onnx.shape_inference.infer_shapes(sized, data_prop=follow_values).graph
+        except MemoryError as error:
+            raise ModelError(
+                "a tensor of the model is too large even to work out its shape",
+                found=f"shape inference that needs over {_HEADROOM / 2**30:.3g} GiB",
+                do="look at the nodes that compute shapes: ConstantOfShape, Expand, Range",
+            ) from error
+        except (onnx.shape_inference.InferenceError, EncodeError, DecodeError):
+            # What cannot be inferred cannot be judged here; the runtime reports what is wrong with it.
+            continue
+        found |= {entry.name: size for entry in [*inferred.value_info, *inferred.output] if (size := _bytes(entry))}
+        _refuse_huge(proto, found, limit)
+    return found
+
+
+@contextlib.contextmanager
+def headroom(nbytes: int) -> Iterator[None]:
+    """Let this process map at most ``nbytes`` more while the block runs; no limit where the system has none."""
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (ImportError, OSError):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    wanted = pages * resource.getpagesize() + nbytes
+    lowest = min([wanted, *(limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY)])
+    resource.setrlimit(resource.RLIMIT_AS, (lowest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def _with_sizes(proto: onnx.ModelProto, batch: Batch) -> onnx.ModelProto:
+    """Return a copy whose inputs are as large as in ``batch`` and whose other shapes are open."""
     sized = onnx.ModelProto()
     sized.CopyFrom(proto)
     for entry in sized.graph.input:
@@ -36,66 +89,20 @@ def estimate(proto: onnx.ModelProto, batch: Batch) -> dict[str, int]:
     for entry in sized.graph.output:
         if entry.type.HasField("tensor_type"):
             entry.type.tensor_type.ClearField("shape")
-    try:
-        inferred = onnx.shape_inference.infer_shapes(sized, data_prop=True).graph
-    except (onnx.shape_inference.InferenceError, EncodeError, DecodeError):
-        # What cannot be inferred cannot be judged here; the runtime reports what is wrong with it.
-        return {}
-    return {entry.name: size for entry in [*inferred.value_info, *inferred.output] if (size := _bytes(entry))}
+    return sized
 
 
-def check_memory(proto: onnx.ModelProto, sizes: Mapping[str, int], limit: int) -> None:
-    """Refuse a model that makes a tensor of more than ``limit`` bytes.
-
-    Raises:
-        ModelError: Names the node and the size.
-    """
+def _refuse_huge(proto: onnx.ModelProto, sizes: Mapping[str, int], limit: int) -> None:
     for node in proto.graph.node:
         for name in node.output:
             if sizes.get(name, 0) > limit:
                 raise ModelError(
-                    f"node {node.name or name!r} ({node.op_type}) would need {sizes[name] / 2**30:.1f} GiB",
+                    f"node {node.name or name!r} ({node.op_type}) would need {sizes[name] / 2**30:.3g} GiB",
                     where=f"tensor {name!r}",
                     found=f"{sizes[name]} bytes",
                     expected=f"at most {limit} bytes",
                     do="give smaller inputs, or raise --max-memory",
                 )
-
-
-class Budget:
-    """Keeps a run within memory: refuses bombs, and cuts batches whose activations would not fit.
-
-    Args:
-        probe: What runs.
-        max_memory: Bytes that one tensor may take; None for the machine's memory.
-        batch_bytes: Bytes of activations that one run may hand out.
-    """
-
-    def __init__(self, probe: Probe, max_memory: int | None, batch_bytes: int) -> None:
-        self._probe = probe
-        self._max_memory = max_memory if max_memory is not None else int(psutil.virtual_memory().total)
-        self._batch_bytes = batch_bytes
-        self._judged = 0
-        self._ratio = 0.0
-
-    def pieces(self, batch: Batch) -> list[Batch]:
-        """Return the batch, or parts of it along its first axis.
-
-        Raises:
-            ModelError: A tensor would be too large.
-        """
-        size = nbytes(batch)
-        if size >= 2 * self._judged:
-            skeleton = self._probe.skeleton()
-            sizes = estimate(skeleton, batch)
-            check_memory(skeleton, sizes, self._max_memory)
-            self._judged = size
-            self._ratio = sum(sizes.get(name, 0) for name in self._probe.fetched) / max(size, 1)
-        count = min(-(-int(size * self._ratio) // self._batch_bytes), samples_in(batch))
-        if count <= 1 or not self._probe.can_split:
-            return [batch]
-        step = -(-samples_in(batch) // count)
-        return [cut(batch, start, start + step) for start in range(0, samples_in(batch), step)]
 
 
 def _bytes(entry: onnx.ValueInfoProto) -> int:

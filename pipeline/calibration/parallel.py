@@ -6,11 +6,14 @@ what one would have found. The cluster's own scheduler does the work of a lost p
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import multiprocessing
+import os
 import pickle
 import signal
 import threading
+import warnings
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
@@ -35,11 +38,14 @@ def observe_in_parallel(path: str, job: Job, workers: int, groups: Iterable[list
         EnvironmentError_: joblib is missing, or a process of this machine died.
     """
     joblib = _joblib()
-    payload = pickle.dumps(job)
+    threads = job.threads or max((os.cpu_count() or 1) // workers, 1)
+    payload = pickle.dumps(dataclasses.replace(job, threads=threads))
     tasks = (joblib.delayed(_work)(path, payload, group) for group in groups)
     pool = joblib.Parallel(n_jobs=workers, return_as="generator", pre_dispatch=2 * workers, batch_size=1)
+    results = pool(tasks)
     try:
-        yield from pool(tasks)
+        for result in results:  # noqa: UP028 - closed below, not by "yield from"
+            yield result
     except RuntimeError as error:
         if type(error).__name__ != "TerminatedWorkerError":
             raise
@@ -48,6 +54,10 @@ def observe_in_parallel(path: str, job: Job, workers: int, groups: Iterable[list
             found=str(error).splitlines()[0],
             do="run again with --resume and fewer --workers, or a smaller --batch",
         ) from error
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # whoever stops early knows that work is thrown away
+            results.close()
 
 
 def _joblib() -> ModuleType:

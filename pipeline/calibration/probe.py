@@ -18,6 +18,7 @@ from ..graph.exporter import Skeleton, skeleton
 from ..graph.protos import location_of, refer
 from ..session import SessionExtras, make_session, ort_errors, translate
 from .expose import Exposed, expose
+from .limits import check_memory
 
 _IN_MEMORY = 3 * 2**29
 _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)")
@@ -29,6 +30,7 @@ class Probe:
     Args:
         model: The model; not changed. Weights in data files stay there when the model is large.
         tensors: What to watch.
+        max_memory: Refuse a model that makes a tensor of more bytes, whatever its inputs.
         device: As for `make_session`.
         threads: As for `make_session`.
 
@@ -42,10 +44,18 @@ class Probe:
     """
 
     def __init__(
-        self, model: Model, tensors: Sequence[str], *, device: str = "cpu", threads: int | None = None
+        self,
+        model: Model,
+        tensors: Sequence[str],
+        *,
+        max_memory: int,
+        device: str = "cpu",
+        threads: int | None = None,
     ) -> None:
         built = skeleton(model)
         own = [entry.name for entry in built.proto.graph.output]
+        # Before the session, which computes what does not depend on the inputs.
+        check_memory(built.proto, {}, max_memory)
         exposed = expose(built.proto, tensors)
         self._skeleton = built.proto.SerializeToString()
         folder = _place_weights(built)
@@ -133,8 +143,3 @@ def _run_error(error: Exception, batch: Batch) -> Exception:
         return translate(error, where="calibration run")
     shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in batch.items())
     return DataError("a batch does not fit the model", found=shapes, expected=str(error), do="qpipe inspect the model")
-
-
-def nbytes(batch: Batch) -> int:
-    """Return the bytes of a batch."""
-    return sum(array.nbytes for array in batch.values())

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ...calibrate.errors import DataError
 from ...calibrate.stats.extrema import SENTINEL, as_float32, measure
 from ..graph import Model
-from .limits import Budget
+from .budget import Budget, machine_memory
 from .observe import Detail, Observers, Stats
 from .probe import Batch, Probe
 
@@ -60,8 +60,9 @@ class Runner:
 
     def __init__(self, model: Model, job: Job) -> None:
         self._job = job
-        self._probe = Probe(model, job.tensors, device=job.device, threads=job.threads)
-        self._budget = Budget(self._probe, job.max_memory, job.batch_bytes)
+        limit = machine_memory() if job.max_memory is None else job.max_memory
+        self._probe = Probe(model, job.tensors, max_memory=limit, device=job.device, threads=job.threads)
+        self._budget = Budget(self._probe, limit, job.batch_bytes)
         # Flat tensors have no channels any more.
         self._details = {name: d for name, d in job.details.items() if name not in self._probe.lifted}
         self._counters = ThreadPoolExecutor(job.threads or min(os.cpu_count() or 1, _MAX_COUNTERS))

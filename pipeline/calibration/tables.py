@@ -61,7 +61,8 @@ def read_table(path: str | Path) -> dict[str, Range]:
     readers = [_from_trt] if data.startswith(b"TRT-") else [_from_json, _from_text, _from_flatbuffers]
     for reader in readers:
         try:
-            return reader(data)
+            if found := reader(data):
+                return found
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, struct.error):
             continue
     raise DataError(

@@ -18,7 +18,6 @@ from typing import Any
 
 import onnx
 
-from ... import __version__
 from ...calibrate.errors import DataError, WriteError
 from ...calibrate.stats.extrema import SENTINEL
 from ..calibration import Calibration, ModelIdentity, identify
@@ -29,6 +28,7 @@ from ..calibration.parallel import observe_in_parallel
 from ..calibration.probe import Batch
 from ..calibration.runner import Job, Runner
 from ..data.feed import Fingerprint, cut, is_empty, samples_in
+from ..environment import installed
 from ..graph import Model, from_proto, load, save
 from ..interrupts import Interrupted, StopRequest
 from ..session import load_onnxruntime
@@ -257,7 +257,7 @@ class _Run:
             model=self._identity,
             data=(self._done.seen,),
             options={"sentinel": self._options.sentinel, "device": self._options.device},
-            versions={"onnxruntime": load_onnxruntime().__version__, "qpipe": __version__},
+            versions={"onnxruntime": load_onnxruntime().__version__, "qpipe": installed("qpipe") or ""},
             not_covered=self._runner.not_covered,
         )
 

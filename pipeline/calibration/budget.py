@@ -1,0 +1,54 @@
+"""Keeping one run of the model within memory."""
+
+from __future__ import annotations
+
+import psutil
+
+from ..data import Batch
+from ..data.feed import cut, samples_in
+from .limits import check_memory
+from .probe import Probe
+
+
+def machine_memory() -> int:
+    """Return the bytes of memory that this machine has."""
+    return int(psutil.virtual_memory().total)
+
+
+class Budget:
+    """Keeps a run within memory: refuses bombs, and cuts batches whose activations would not fit.
+
+    Args:
+        probe: What runs.
+        max_memory: Bytes that one tensor may take.
+        batch_bytes: Bytes of activations that one run may hand out.
+    """
+
+    def __init__(self, probe: Probe, max_memory: int, batch_bytes: int) -> None:
+        self._probe = probe
+        self._max_memory = max_memory
+        self._batch_bytes = batch_bytes
+        self._judged = 0
+        self._ratio = 0.0
+
+    def pieces(self, batch: Batch) -> list[Batch]:
+        """Return the batch, or parts of it along its first axis.
+
+        Raises:
+            ModelError: A tensor would be too large.
+        """
+        size = nbytes(batch)
+        if size >= 2 * self._judged:
+            sizes = check_memory(self._probe.skeleton(), batch, self._max_memory)
+            self._judged = size
+            self._ratio = sum(sizes.get(name, 0) for name in self._probe.fetched) / max(size, 1)
+        count = min(-(-int(size * self._ratio) // self._batch_bytes), samples_in(batch))
+        if count <= 1 or not self._probe.can_split:
+            return [batch]
+        step = -(-samples_in(batch) // count)
+        return [cut(batch, start, start + step) for start in range(0, samples_in(batch), step)]
+
+
+def nbytes(batch: Batch) -> int:
+    """Return the bytes of a batch."""
+    return sum(array.nbytes for array in batch.values())

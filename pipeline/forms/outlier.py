@@ -26,7 +26,10 @@ OLDEST_BODY_OPSET = 15
 
 @FORMS.register("outlier")
 def insert_outlier(bench: Workbench, node: gs.Node, decisions: list[Decision]) -> None:
-    """Replace a MatMul or Gemm, and a constant Add behind it, by OutlierMatMul."""
+    """Replace a MatMul or Gemm, and a constant Add behind it, by OutlierMatMul.
+
+    The counter of new outliers is an output with a name of its own, which a user may make an output of the graph.
+    """
     decision = next(d for d in decisions if d.site.role == "weight")
     weight = weight_of(node.inputs[decision.site.index])
     assert weight is not None
@@ -47,7 +50,7 @@ def insert_outlier(bench: Workbench, node: gs.Node, decisions: list[Decision]) -
         name=bench.fresh(f"{node.name}_{contract.OP_TYPE}"),
         attrs=attrs,
         inputs=inputs,
-        outputs=[output],
+        outputs=[output, bench.variable(f"{node.name}_new_outliers")],
         domain=contract.DOMAIN,
     )
     bench.graph.nodes.append(fresh)

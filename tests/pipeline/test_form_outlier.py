@@ -1,0 +1,211 @@
+"""The scheme w8a8-outlier: what the graph becomes, and that the result is what the operator's contract says."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from qpipe.pipeline import graph
+from qpipe.pipeline.calibration.observe import Detail
+from qpipe.pipeline.session import SessionExtras, make_session
+from qpipe.pipeline.stages.collect import CollectOptions, collect
+from qpipe.pipeline.stages.decide import wanted_tensors
+from qpipe.pipeline.stages.details import wanted_details
+from qpipe.pipeline.stages.prepare import prepare
+from qpipe.plugins.outlier_matmul import op as contract
+from quantizing import calibrate, error, model, normal, quantize, run
+
+LOUD = (3, 17, 40)
+NET = "g (float[N,T,96] x) => (float[N,T,80] y) { m = MatMul(x, w)  y = Add(b, m) }"
+
+
+def loud_batches(count: int = 3, factor: float = 50.0) -> list[dict[str, np.ndarray]]:
+    """Activations with three loud channels."""
+    batches = [{"x": normal(2, 5, 96, seed=i)} for i in range(count)]
+    for batch in batches:
+        batch["x"][..., LOUD] *= factor
+    return batches
+
+
+def statistics(proto: onnx.ModelProto, batches: list[dict[str, np.ndarray]], level: str = "channels") -> object:
+    """Statistics with magnitudes per channel."""
+    prepared = prepare(graph.from_proto(proto))
+    options = CollectOptions(details=wanted_details(prepared.graph, level))
+    return collect(proto, wanted_tensors(prepared.graph), batches, options)
+
+
+def net() -> onnx.ModelProto:
+    return model(NET, w=normal(96, 80) * 0.1, b=normal(80))
+
+
+def outlier(proto: onnx.ModelProto, batches: list[dict[str, np.ndarray]], **recipe: object) -> object:
+    found = statistics(proto, batches)
+    return quantize(proto, calibration=found, scheme="w8a8-outlier", **recipe)
+
+
+def test_a_product_and_its_bias_become_one_node_with_the_loud_columns() -> None:
+    done = outlier(net(), loud_batches())
+    assert done.ops() == {"OutlierMatMul": 1}
+    node = done.proto.graph.node[0]
+    assert (node.domain, len(node.input), node.output[0]) == ("qpipe", 6, "y")
+    held = done.initializers()
+    assert held[node.input[3]].tolist() == list(LOUD)
+    assert held[node.input[1]].dtype == np.int8
+    assert not held[node.input[1]][:, LOUD].any(), "codes of outlier columns are zero"
+    assert "3 outlier columns" in done.reason("MatMul_0")
+
+
+@pytest.mark.parametrize("plugin", [True, False])
+def test_the_model_computes_what_the_contract_says(plugin: bool) -> None:
+    proto, batch = net(), loud_batches()[0]
+    done = outlier(proto, loud_batches())
+    held = done.initializers()
+    node = done.proto.graph.node[0]
+    packed = contract.Packed(**dict(zip(contract.INPUTS[1:5], (held[name] for name in node.input[1:5]), strict=True)))
+    limit = next(a.f for a in node.attribute if a.name == "limit")
+    expected, _ = contract.reference(batch["x"], packed, held[node.input[5]], limit=limit)
+    session = make_session(done.proto, extras=SessionExtras(plugin=plugin))
+    np.testing.assert_allclose(session.run(None, batch)[0], expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+def test_it_is_far_nearer_to_float_than_a_shared_scale() -> None:
+    proto, batches = net(), loud_batches()
+    plain = quantize(proto, batches, scheme="w8a8", target="ort-cpu-vnni")
+    assert error(outlier(proto, batches), batches[0]) < error(plain, batches[0]) / 5
+
+
+@pytest.mark.parametrize("transposed", [0, 1])
+def test_gemm_in_both_layouts(transposed: int) -> None:
+    w = normal(96, 80) * 0.1
+    body = f"g (float[N,96] x) => (float[N,80] y) {{ y = Gemm<transB = {transposed}>(x, w, b) }}"
+    proto = model(body, w=np.ascontiguousarray(w.T) if transposed else w, b=normal(80))
+    batches = [{"x": batch["x"][0]} for batch in loud_batches()]
+    done = outlier(proto, batches)
+    assert done.ops() == {"OutlierMatMul": 1}
+    assert error(done, batches[0]) < 0.02
+
+
+def test_no_outliers_is_plain_row_and_column_scales() -> None:
+    done = outlier(net(), loud_batches(factor=1.0))
+    node = done.proto.graph.node[0]
+    assert done.initializers()[node.input[3]].size == 0
+    assert error(done, loud_batches(factor=1.0)[0]) < 0.02
+
+
+def test_the_cap_keeps_the_largest_and_says_so() -> None:
+    done = outlier(net(), loud_batches(), outliers={"cap": 2})
+    assert len(done.initializers()[done.proto.graph.node[0].input[3]]) == 2
+    assert "1 more beyond the cap" in done.reason("MatMul_0")
+
+
+def test_a_new_outlier_at_run_time_is_counted_and_does_not_ruin_its_row() -> None:
+    proto = net()
+    done = outlier(proto, loud_batches())
+    blind = outlier(proto, loud_batches(), outliers={"headroom": 0.0})
+    surprise = loud_batches(1)[0]
+    surprise["x"][0, 0, 60] = 400.0
+    assert error(done, surprise) < error(blind, surprise) / 3
+    counted = onnx.ModelProto()
+    counted.CopyFrom(done.proto)
+    met = counted.graph.node[0].output[1]
+    counted.graph.output.append(onnx.helper.make_tensor_value_info(met, onnx.TensorProto.INT64, []))
+    assert int(make_session(counted).run([met], surprise)[0]) == 1
+
+
+REFUSED = {
+    "depth": ("g (float[N,32] x) => (float[N,8] y) { y = MatMul(x, w) }", {"w": normal(32, 8)}, "only 32 inputs"),
+    "scaled": (
+        "g (float[N,96] x) => (float[N,8] y) { y = Gemm<alpha = 2.0>(x, w) }",
+        {"w": normal(96, 8)},
+        "scales or transposes",
+    ),
+    "stack": (
+        "g (float[2,N,96] x) => (float[2,N,8] y) { y = MatMul(x, w) }",
+        {"w": normal(2, 96, 8)},
+        "two dimensions",
+    ),
+    "conv": (
+        "g (float[N,4,9,9] x) => (float[N,8,7,7] y) { y = Conv<kernel_shape = [3, 3]>(x, w) }",
+        {"w": normal(8, 4, 3, 3)},
+        "Conv",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_layer_that_does_not_fit_stays_float_with_a_reason(kind: str) -> None:
+    body, weights, words = REFUSED[kind]
+    proto = model(body, **weights)
+    shape = [d.dim_value or 3 for d in proto.graph.input[0].type.tensor_type.shape.dim]
+    done = outlier(proto, [{"x": normal(*shape)}])
+    name = proto.graph.node[0].name
+    assert words in done.reason(name)
+    assert "OutlierMatMul" not in done.ops()
+
+
+def test_without_magnitudes_per_channel_the_remedy_is_named() -> None:
+    proto = net()
+    done = quantize(proto, calibration=calibrate(proto, loud_batches()), scheme="w8a8-outlier")
+    assert "--detail channels" in done.reason("MatMul_0")
+
+
+def test_a_shared_product_keeps_its_other_readers() -> None:
+    body = "g (float[N,96] x) => (float[N,80] y, float[N,80] z) { m = MatMul(x, w)  y = Add(m, b)  z = Relu(m) }"
+    proto = model(body, w=normal(96, 80) * 0.1, b=normal(80))
+    batches = [{"x": batch["x"][0]} for batch in loud_batches()]
+    done = outlier(proto, batches)
+    assert done.ops() == {"OutlierMatMul": 1, "Add": 1, "Relu": 1}
+    assert error(done, batches[0]) < 0.02
+
+
+def test_half_precision_models_keep_their_type() -> None:
+    body = "g (float16[N,96] x) => (float16[N,80] y) { y = MatMul(x, w) }"
+    proto = model(body, w=(normal(96, 80) * 0.1).astype(np.float16))
+    batches = [{"x": batch["x"][0].astype(np.float16)} for batch in loud_batches()]
+    done = outlier(proto, batches)
+    held = {t.name: t for t in done.proto.graph.initializer}
+    assert held[done.proto.graph.node[0].input[4]].data_type == onnx.TensorProto.FLOAT16
+    assert run(done.proto, batches[0])[0].dtype == np.float16
+    assert error(done, batches[0]) < 0.02
+
+
+def test_polygraphys_own_command_line_runs_the_body(tmp_path: Path) -> None:
+    done = outlier(net(), loud_batches())
+    onnx.save(done.proto, tmp_path / "q.onnx")
+    tool = Path(sys.executable).with_name("polygraphy")
+    shapes = ["--input-shapes", "x:[2,5,96]"]
+    found = subprocess.run([tool, "run", tmp_path / "q.onnx", "--onnxrt", *shapes], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout[-1500:] + found.stderr[-1500:]
+
+
+def test_statistics_of_a_conv_input_come_in_the_order_of_its_weight() -> None:
+    body = "g (float[N,4,6,6] x) => (float[N,8,4,4] y) { y = Conv<kernel_shape = [3, 3]>(x, w) }"
+    proto = model(body, w=normal(8, 4, 3, 3))
+    x = normal(2, 4, 6, 6)
+    x[:, 2] *= 9
+    found = statistics(proto, [{"x": x}], "gram")
+    assert dataclasses.is_dataclass(found.tensors["x"])
+    assert found.tensors["x"].gram.matrix.shape == (36, 36)
+    from qpipe.pipeline.layouts import layout_of
+    from qpipe.pipeline.stages.weights import layer_stats
+
+    node = prepare(graph.from_proto(proto)).graph.nodes[0]
+    stats = layer_stats(layout_of(node, (8, 4, 3, 3)), found, "x")
+    assert (stats.channels.amax.reshape(9, 4).argmax(axis=1) == 2).all(), "columns are (position, channel)"
+    weight = numpy_helper.to_array(proto.graph.initializer[0])
+    matrix = layout_of(node, weight.shape).matrix(weight)
+    assert np.array_equal(matrix[5].reshape(3, 3, 4), weight[5].transpose(1, 2, 0))
+
+
+def test_details_follow_the_level() -> None:
+    proto = model(NET, w=normal(96, 80), b=normal(80))
+    prepared = prepare(graph.from_proto(proto)).graph
+    assert wanted_details(prepared, "none") == {}
+    assert wanted_details(prepared, "channels") == {"x": Detail(axis=-1, gram=False)}
+    assert wanted_details(prepared, "gram") == {"x": Detail(axis=-1, gram=True)}

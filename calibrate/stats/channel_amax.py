@@ -39,10 +39,12 @@ class ChannelAmax:
     def of(cls, x: F32) -> ChannelAmax:
         """Return the statistics of ``x [tokens, c]``, finite values only (see `as_tokens`)."""
         magnitude = np.abs(x)
+        wide = magnitude.astype(np.float64)
+        total = np.add.reduce(wide, axis=0)
         return cls(
             amax=np.maximum.reduce(magnitude, axis=0, initial=0.0),
-            total=np.add.reduce(magnitude, axis=0, dtype=np.float64),
-            energy=np.add.reduce(np.square(magnitude, dtype=np.float64), axis=0),
+            total=total,
+            energy=np.add.reduce(np.square(wide, out=wide), axis=0),
             tokens=len(x),
         )
 

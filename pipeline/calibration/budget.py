@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import psutil
-
 from ..data import Batch
 from ..data.feed import cut, samples_in
-from .limits import check_memory
+from .limits import survey
 from .probe import Probe
-
-
-def machine_memory() -> int:
-    """Return the bytes of memory that this machine has."""
-    return int(psutil.virtual_memory().total)
 
 
 class Budget:
@@ -39,9 +32,9 @@ class Budget:
         """
         size = nbytes(batch)
         if size >= 2 * self._judged:
-            sizes = check_memory(self._probe.skeleton(), batch, self._max_memory)
+            known = survey(self._probe.skeleton(), batch, self._max_memory)
             self._judged = size
-            self._ratio = sum(sizes.get(name, 0) for name in self._probe.fetched) / max(size, 1)
+            self._ratio = sum(known[name].nbytes for name in self._probe.fetched if name in known) / max(size, 1)
         count = min(-(-int(size * self._ratio) // self._batch_bytes), samples_in(batch))
         if count <= 1 or not self._probe.can_split:
             return [batch]

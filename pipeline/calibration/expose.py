@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import onnx
@@ -22,31 +22,42 @@ class Exposed:
     """Where the values of tensors can be had.
 
     Attributes:
-        outputs: Tensor -> name of the graph output that carries it, in topological order.
+        order: All tensors that can be had, in topological order.
+        outputs: Tensor -> name of the graph output that carries it.
         inputs: Tensors that are graph inputs.
         lifted: Tensors that come out of a body: float32, flat.
         not_covered: Tensors that cannot be had, and why.
     """
 
+    order: list[str] = field(default_factory=list)
     outputs: dict[str, str] = field(default_factory=dict)
     inputs: list[str] = field(default_factory=list)
     lifted: set[str] = field(default_factory=set)
     not_covered: dict[str, str] = field(default_factory=dict)
 
 
-def expose(proto: ModelProto, tensors: Sequence[str]) -> Exposed:
-    """Add graph outputs to ``proto``, in place, for those of ``tensors`` that are none yet."""
+def expose(proto: ModelProto, tensors: Sequence[str], inside: Collection[str] = ()) -> Exposed:
+    """Add graph outputs to ``proto``, in place, for those of ``tensors`` that are none yet.
+
+    Args:
+        proto: The model.
+        tensors: Names of tensors.
+        inside: Those that are counted inside the graph and need not be had outside.
+    """
     graph = proto.graph
     found = Exposed()
-    place = {name: index for index, name in enumerate(_topological(graph))}
     initializers = {tensor.name for tensor in graph.initializer}
-    inputs = {entry.name for entry in graph.input} - initializers
+    inputs = [entry.name for entry in graph.input if entry.name not in initializers]
+    place = {name: index for index, name in enumerate([*inputs, *_topological(graph)])}
     produced = {name for node in graph.node for name in node.output}
     definitions = Counter(name for name in _topological(graph) if name)
     functions = {name: f.name for f in proto.functions for node in f.node for name in node.output}
     lifter = _Lifter({*definitions, *initializers, *inputs})
     present = {entry.name for entry in graph.output}
     for name in sorted(dict.fromkeys(tensors), key=lambda name: place.get(name, len(place))):
+        found.order.append(name)
+        if name in inside:
+            continue
         if name in inputs:
             found.inputs.append(name)
         elif name in produced:
@@ -62,6 +73,7 @@ def expose(proto: ModelProto, tensors: Sequence[str]) -> Exposed:
             found.not_covered[name] = f"it is inside the model-local function {functions[name]}"
         else:
             found.not_covered[name] = "the model has no such tensor" if name not in definitions else lifter.refusal
+    found.order = [name for name in found.order if name not in found.not_covered]
     # Without a type ONNX Runtime fills in what it infers.
     graph.output.extend(ValueInfoProto(name=name) for name in found.outputs.values() if name not in present)
     return found

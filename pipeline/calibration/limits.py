@@ -1,4 +1,4 @@
-"""How much memory a run would take, found out before it runs.
+"""What is known of a model's tensors before it runs, above all how much memory they would take.
 
 ONNX's own shape inference, given the sizes of real inputs and the values of constant shapes, sees through
 ConstantOfShape, Expand and Tile: a small file that asks for hundreds of gigabytes is recognised without allocating.
@@ -12,6 +12,7 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -23,8 +24,15 @@ from ..data import Batch
 _HEADROOM = 2**30
 
 
-def check_memory(proto: onnx.ModelProto, batch: Batch, limit: int) -> dict[str, int]:
-    """Refuse a model that makes a tensor of more than ``limit`` bytes.
+class Known(NamedTuple):
+    """What is known of a tensor before it is computed: its ONNX type (0 if unknown) and bytes (0 if unknown)."""
+
+    onnx_type: int
+    nbytes: int
+
+
+def survey(proto: onnx.ModelProto, batch: Batch, limit: int) -> dict[str, Known]:
+    """Tell what is known of the tensors of a model, and refuse one of more than ``limit`` bytes.
 
     Args:
         proto: The model; external data is not read.
@@ -32,13 +40,13 @@ def check_memory(proto: onnx.ModelProto, batch: Batch, limit: int) -> dict[str, 
         limit: Bytes that one tensor may take.
 
     Returns:
-        The bytes of every tensor whose size can be told.
+        Type and bytes by tensor of the main graph.
 
     Raises:
         ModelError: Names the node and the size.
     """
     sized = _with_sizes(proto, batch)
-    found: dict[str, int] = {}
+    found: dict[str, Known] = {}
     for follow_values in (False, True):
         try:
             with headroom(_HEADROOM):
@@ -52,7 +60,8 @@ def check_memory(proto: onnx.ModelProto, batch: Batch, limit: int) -> dict[str, 
         except (onnx.shape_inference.InferenceError, EncodeError, DecodeError):
             # What cannot be inferred cannot be judged here; the runtime reports what is wrong with it.
             continue
-        found |= {entry.name: size for entry in [*inferred.value_info, *inferred.output] if (size := _bytes(entry))}
+        entries = [*inferred.input, *inferred.value_info, *inferred.output]
+        found |= {entry.name: Known(entry.type.tensor_type.elem_type, _bytes(entry)) for entry in entries}
         _refuse_huge(proto, found, limit)
     return found
 
@@ -92,14 +101,15 @@ def _with_sizes(proto: onnx.ModelProto, batch: Batch) -> onnx.ModelProto:
     return sized
 
 
-def _refuse_huge(proto: onnx.ModelProto, sizes: Mapping[str, int], limit: int) -> None:
+def _refuse_huge(proto: onnx.ModelProto, known: Mapping[str, Known], limit: int) -> None:
     for node in proto.graph.node:
         for name in node.output:
-            if sizes.get(name, 0) > limit:
+            size = known[name].nbytes if name in known else 0
+            if size > limit:
                 raise ModelError(
-                    f"node {node.name or name!r} ({node.op_type}) would need {sizes[name] / 2**30:.3g} GiB",
+                    f"node {node.name or name!r} ({node.op_type}) would need {size / 2**30:.3g} GiB",
                     where=f"tensor {name!r}",
-                    found=f"{sizes[name]} bytes",
+                    found=f"{size} bytes",
                     expected=f"at most {limit} bytes",
                     do="give smaller inputs, or raise --max-memory",
                 )

@@ -64,7 +64,8 @@ class TensorObserver:
 
     def add(self, stats: TensorStats) -> None:
         """Take over what another observer has seen."""
-        self._histogram.add(stats.histogram)
+        if stats.histogram.total:
+            self._histogram.add(stats.histogram)
         self._grow(stats.channels, stats.gram)
 
     def result(self) -> TensorStats:

@@ -20,9 +20,10 @@ from typing import Any
 
 from ...calibrate.errors import EnvironmentError_
 from ..graph import load
+from .job import Job
 from .observe import Stats
 from .probe import Batch
-from .runner import Job, Runner
+from .runner import Runner
 
 
 def observe_in_parallel(path: str, job: Job, workers: int, groups: Iterable[list[Batch]]) -> Iterator[list[Stats]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from ..graph.exporter import Skeleton, skeleton
 from ..graph.protos import location_of, refer
 from ..session import SessionExtras, make_session, ort_errors, translate
 from .expose import Exposed, expose
-from .limits import check_memory
+from .job import Job
+from .limits import survey
+from .native import Counters, countable, usable
 
 _IN_MEMORY = 3 * 2**29
 _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)")
@@ -29,43 +31,37 @@ class Probe:
 
     Args:
         model: The model; not changed. Weights in data files stay there when the model is large.
-        tensors: What to watch.
-        max_memory: Refuse a model that makes a tensor of more bytes, whatever its inputs.
-        device: As for `make_session`.
-        threads: As for `make_session`.
+        job: What to watch, and how to run.
 
     Attributes:
         watched: The tensors that can be had, in topological order.
-        not_covered: The others, and why.
+        counters: Of the tensors that are counted inside the graph and not yielded; None when there are none.
+        not_covered: Tensors that cannot be had, and why.
         lifted: Watched tensors that come out of a body flat: their axes are gone.
 
     Raises:
         QpipeError: As `make_session`.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        tensors: Sequence[str],
-        *,
-        max_memory: int,
-        device: str = "cpu",
-        threads: int | None = None,
-    ) -> None:
+    def __init__(self, model: Model, job: Job) -> None:
         built = skeleton(model)
-        own = [entry.name for entry in built.proto.graph.output]
+        graph = built.proto.graph
+        own = [entry.name for entry in graph.output]
         # Before the session, which computes what does not depend on the inputs.
-        check_memory(built.proto, {}, max_memory)
-        exposed = expose(built.proto, tensors)
+        known = survey(built.proto, {}, job.tensor_bytes)
+        inside = countable(built.proto, job.tensors, job.details, known) if job.native and usable(job.device) else []
+        exposed = expose(built.proto, job.tensors, inside)
         self._skeleton = built.proto.SerializeToString()
-        folder = _place_weights(built)
+        self.counters = Counters(built.proto, inside, job.details, job.sentinel) if inside else None
         # Threads that wait for the next operator by spinning would take the processor from those that count.
         config = {"session.intra_op.allow_spinning": "0"}
+        folder = _place_weights(built)
         if folder is not None:
             config["session.model_external_initializers_file_folder_path"] = str(folder)
         data = built.proto.SerializeToString()
-        del built
-        self._session = make_session(data, device=device, threads=threads, extras=SessionExtras(config=config))
+        del built, graph
+        extras = SessionExtras(config=config)
+        self._session = make_session(data, device=job.device, threads=job.threads, extras=extras)
         types = {entry.name: entry.type for entry in self._session.get_outputs()}
         types |= {entry.name: entry.type for entry in self._session.get_inputs()}
         wrong = _without_floats(exposed, types)
@@ -74,7 +70,7 @@ class Probe:
         self._inputs = [name for name in exposed.inputs if name not in wrong]
         self._outputs = {output: name for name, output in exposed.outputs.items() if name not in wrong}
         self._own = [name for name in own if types[name] in _FLOATS]
-        self.watched = [*self._inputs, *self._outputs.values()]
+        self.watched = [name for name in exposed.order if name not in wrong]
 
     def run(self, batch: Batch) -> Iterator[tuple[str, npt.NDArray[Any], bool]]:
         """Run the model on a batch and yield its tensors; each is let go before the next.

@@ -3,47 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy.typing as npt
 
 from ...calibrate.errors import DataError
-from ...calibrate.stats.extrema import SENTINEL, as_float32, measure
+from ...calibrate.stats.extrema import as_float32, measure
 from ..graph import Model
-from .budget import Budget, machine_memory
-from .observe import Detail, Observers, Stats
+from .budget import Budget
+from .job import Job
+from .observe import Observers, Stats
 from .probe import Batch, Probe
 
 _MAX_COUNTERS = 8
 _LARGE = 1 << 15  # values; below, handing an array to another thread costs as much as counting it
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What to observe, and how.
-
-    Attributes:
-        tensors: Names of activations.
-        details: What to collect of a tensor beside its histogram.
-        sentinel: Magnitude from which finite values are masks.
-        allow_nonfinite: Accept NaN and infinities in the model's outputs.
-        device: As for `make_session`.
-        threads: As for `make_session`; as many threads count, between runs.
-        max_memory: Bytes that one tensor may take; None for the machine's memory.
-        batch_bytes: Bytes of activations that one run may hand out.
-    """
-
-    tensors: tuple[str, ...]
-    details: Mapping[str, Detail] = field(default_factory=dict)
-    sentinel: float = SENTINEL
-    allow_nonfinite: bool = False
-    device: str = "cpu"
-    threads: int | None = None
-    max_memory: int | None = None
-    batch_bytes: int = 2**31
 
 
 class Runner:
@@ -60,9 +35,8 @@ class Runner:
 
     def __init__(self, model: Model, job: Job) -> None:
         self._job = job
-        limit = machine_memory() if job.max_memory is None else job.max_memory
-        self._probe = Probe(model, job.tensors, max_memory=limit, device=job.device, threads=job.threads)
-        self._budget = Budget(self._probe, limit, job.batch_bytes)
+        self._probe = Probe(model, job)
+        self._budget = Budget(self._probe, job.tensor_bytes, job.batch_bytes)
         # Flat tensors have no channels any more.
         self._details = {name: d for name, d in job.details.items() if name not in self._probe.lifted}
         self._counters = ThreadPoolExecutor(job.threads or min(os.cpu_count() or 1, _MAX_COUNTERS))
@@ -74,7 +48,7 @@ class Runner:
         return Observers(self.tensors, self._details, self._job.sentinel)
 
     def observe(self, batch: Batch, observers: Observers) -> None:
-        """Run one batch and count its activations.
+        """Run one batch and count its activations; `settle` completes the observers.
 
         Raises:
             DataError: The batch does not fit, or an output of the model is not finite.
@@ -82,6 +56,11 @@ class Runner:
         """
         for piece in self._budget.pieces(batch):
             self._observe(piece, observers)
+
+    def settle(self, observers: Observers) -> None:
+        """Bring into ``observers`` what was counted inside the graph since the last time."""
+        if self._probe.counters is not None:
+            observers.add(self._probe.counters.take(self.tensors))
 
     def stats(self, batches: Iterable[Batch]) -> list[Stats]:
         """Return statistics whose sum, in this order, is what `observe` of all batches would have counted.
@@ -97,7 +76,8 @@ class Runner:
                 if self._details:
                     results.append(observers.result())
                     observers = self.observers()
-        return results or [observers.result()]
+        self.settle(observers)
+        return [*results, observers.result()]
 
     def _observe(self, piece: Batch, observers: Observers) -> None:
         counting = []
@@ -111,6 +91,9 @@ class Runner:
             del array
         for done in counting:
             done.result()
+        if self._probe.counters is not None:
+            # After each run, so that the float sums of all runs are added in one and the same order.
+            observers.add(self._probe.counters.take(self._details))
 
     def _judge_output(self, name: str, array: npt.NDArray[Any]) -> None:
         if self._job.allow_nonfinite:

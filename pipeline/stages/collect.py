@@ -23,10 +23,11 @@ from ...calibrate.stats.extrema import SENTINEL
 from ..calibration import Calibration, ModelIdentity, identify
 from ..calibration import load as load_qcal
 from ..calibration import save as save_qcal
+from ..calibration.job import Job
 from ..calibration.observe import Detail, Stats
 from ..calibration.parallel import observe_in_parallel
 from ..calibration.probe import Batch
-from ..calibration.runner import Job, Runner
+from ..calibration.runner import Runner
 from ..data.feed import Fingerprint, cut, is_empty, samples_in
 from ..environment import installed
 from ..graph import Model, from_proto, load, save
@@ -70,6 +71,7 @@ class CollectOptions:
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
         threads: Threads per process, None for ONNX Runtime's choice.
         workers: Processes; more than 1 needs joblib. On a cluster the model must be a path that all machines read.
+        native: Count inside the graph where the plugin library is built; the result is the same without.
         max_memory: Refuse a model that makes a tensor of more bytes; None for the machine's memory.
         batch_bytes: Split batches whose activations take more, where the model's batch axis is free.
         checkpoints: None for nothing saved.
@@ -84,6 +86,7 @@ class CollectOptions:
     device: str = "cpu"
     threads: int | None = None
     workers: int = 1
+    native: bool = True
     max_memory: int | None = None
     batch_bytes: int = 2**31
     checkpoints: Checkpoints | None = None
@@ -126,7 +129,8 @@ def collect(
         allow_nonfinite=options.allow_nonfinite,
         device=options.device,
         threads=options.threads,
-        max_memory=options.max_memory,
+        native=options.native,
+        **({} if options.max_memory is None else {"tensor_bytes": options.max_memory}),
         batch_bytes=options.batch_bytes,
     )
     run = _Run(Runner(model, job), options, options.identity or identify(model))
@@ -250,6 +254,7 @@ class _Run:
         return itertools.chain(rest, stream)
 
     def _result(self) -> Calibration:
+        self._runner.settle(self._observers)
         return Calibration(
             tensors=self._observers.result(),
             samples=self._samples,

@@ -18,7 +18,7 @@ from qpipe.calibrate.stats.channel_amax import ChannelAmax
 from qpipe.calibrate.stats.gram import Gram
 from qpipe.calibrate.stats.histogram import Histogram
 from qpipe.calibrate.stats.tokens import Window, as_tokens
-from qpipe.pipeline.calibration import load, probe, save
+from qpipe.pipeline.calibration import load, native, probe, save
 from qpipe.pipeline.calibration.observe import Detail
 from qpipe.pipeline.graph import from_proto
 from qpipe.pipeline.graph import load as load_model
@@ -38,6 +38,16 @@ chain (float[N, T, 4] x) => (float[N, T, 4] y)
     y = Mul (b, b)
 }
 """
+
+
+@pytest.fixture(autouse=True, params=["native", "numpy"])
+def counting(request, monkeypatch) -> str:
+    """Count inside the graph, and by numpy: everything below holds of both."""
+    if request.param == "numpy":
+        monkeypatch.setattr(probe, "usable", lambda device: False)
+    elif not native.usable("cpu"):
+        pytest.skip("the plugin library is not built")
+    return request.param
 
 
 def chain() -> onnx.ModelProto:
@@ -261,11 +271,21 @@ def test_a_large_batch_is_run_in_pieces(monkeypatch):
     )
     x = data(64, 100)
     whole = collect(chain(), ["a"], [{"x": x}])
-    pieces = collect(chain(), ["a"], [{"x": x}], CollectOptions(batch_bytes=100_000))
+    pieces = collect(chain(), ["a"], [{"x": x}], CollectOptions(batch_bytes=30_000))
     assert sizes[0] == 64
     assert len(sizes) > 3
     assert sum(sizes[1:]) == 64
     assert pieces.tensors["a"].histogram == whole.tensors["a"].histogram
+
+
+def test_types_that_the_plugin_does_not_count_are_counted_all_the_same():
+    model = parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (double[N] x) => (double[N] y) { a = Abs (x)  y = Neg (a) }'
+    )
+    x = np.linspace(-2, 3, 11)
+    found = collect(model, ["x", "a", "y"], [{"x": x}])
+    assert list(found.tensors) == ["x", "a", "y"]
+    assert found.tensors["a"].histogram == Histogram.of(np.abs(x))
 
 
 def test_weights_of_a_large_model_stay_in_their_file(tmp_path, monkeypatch):
@@ -290,6 +310,20 @@ def chain_of_large_weights() -> onnx.ModelProto:
     weight = np.random.default_rng(1).standard_normal((512, 512)).astype(np.float32)
     model.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
     return model
+
+
+def test_without_the_plugin_the_same_bytes_are_written(tmp_path, counting):
+    if counting == "numpy":
+        pytest.skip("compares both")
+    x = np.random.default_rng(8).standard_normal((9, 70, 4)).astype(np.float32)
+    for name, use in (("native", True), ("numpy", False)):
+        options = CollectOptions(
+            details={"x": Detail(), "a": Detail(gram=True), "b": Detail()},
+            checkpoints=Checkpoints(path=tmp_path / name),
+            native=use,
+        )
+        collect(chain(), ["y", "b", "a", "x"], [{"x": x[:3]}, {"x": x[3:]}], options)
+    assert (tmp_path / "native").read_bytes() == (tmp_path / "numpy").read_bytes()
 
 
 def test_progress_is_told():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -49,10 +50,11 @@ def options(path: Path, **changes) -> CollectOptions:
     )
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> bytes:
+@pytest.fixture(scope="module", params=["native", "numpy"])
+def undisturbed(tmp_path_factory, request) -> bytes:
     path = tmp_path_factory.mktemp("whole") / "a.qcal"
-    collect(model(), ["x", "a", "y"], batches(), options(path, batches=None))
+    native = request.param == "native"
+    collect(model(), ["x", "a", "y"], batches(), dataclasses.replace(options(path, batches=None), native=native))
     return path.read_bytes()
 
 
@@ -211,10 +213,9 @@ for turn in range(count):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
 @pytest.mark.parametrize("count", [3, pytest.param(17, marks=pytest.mark.slow)])
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, undisturbed, count):
-    (tmp_path / "whole").write_bytes(undisturbed)
-    command = [sys.executable, "-c", textwrap.dedent(KILLER), __file__, tmp_path / "a.qcal", str(count)]
-    done = subprocess.run(
-        [*map(str, command), str(tmp_path / "whole")], capture_output=True, text=True, timeout=300, check=False
-    )
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, count):
+    collect(model(), ["x", "a", "y"], batches(), options(tmp_path / "whole"))
+    arguments = [__file__, tmp_path / "a.qcal", count, tmp_path / "whole"]
+    command = [sys.executable, "-c", textwrap.dedent(KILLER), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,43 @@
+"""What to observe, and how: what every process of a collection is told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import psutil
+
+from ...calibrate.stats.extrema import SENTINEL
+from .observe import Detail
+
+
+def machine_memory() -> int:
+    """Return the bytes of memory that this machine has."""
+    return int(psutil.virtual_memory().total)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What to observe, and how.
+
+    Attributes:
+        tensors: Names of activations.
+        details: What to collect of a tensor beside its histogram.
+        sentinel: Magnitude from which finite values are masks.
+        allow_nonfinite: Accept NaN and infinities in the model's outputs.
+        device: As for `make_session`.
+        threads: As for `make_session`; as many threads count, between runs.
+        native: Count inside the graph where the plugin can; the result is the same.
+        tensor_bytes: Refuse a model that makes a tensor of more.
+        batch_bytes: Bytes of activations that one run may hand out.
+    """
+
+    tensors: tuple[str, ...]
+    details: Mapping[str, Detail] = field(default_factory=dict)
+    sentinel: float = SENTINEL
+    allow_nonfinite: bool = False
+    device: str = "cpu"
+    threads: int | None = None
+    native: bool = True
+    tensor_bytes: int = field(default_factory=machine_memory)
+    batch_bytes: int = 2**31

@@ -90,7 +90,7 @@ class CpuKernel : public Kernel {
         std::vector<float> padded_bias;
         const float* bias = weights.no_bias.data();
         if (in[kBias].data != nullptr) {
-            padded_bias.assign(static_cast<size_t>(weights.stride), 0.0f);
+            padded_bias.assign(static_cast<size_t>(weights.columns), 0.0f);
             std::copy_n(in[kBias].as<float>(), extents.outputs, padded_bias.begin());
             bias = padded_bias.data();
         }

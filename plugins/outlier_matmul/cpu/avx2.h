@@ -50,12 +50,11 @@ namespace {
     return result;
 }
 
-template <bool Offset>
-[[maybe_unused]] void encode(const float* x, int64_t count, float inverse, int8_t* q) {
+[[maybe_unused]] void encode(const float* x, int64_t count, float inverse, uint8_t* q) {
     const __m256 factor = _mm256_set1_ps(inverse);
     const __m256 high = _mm256_set1_ps(127.0f), low = _mm256_set1_ps(-127.0f);
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // undoes the lane-wise packing
-    const __m256i flip = _mm256_set1_epi8(Offset ? static_cast<char>(0x80) : 0);
+    const __m256i flip = _mm256_set1_epi8(static_cast<char>(0x80));  // adds 128
     for (int64_t i = 0; i < count; i += 32) {
         alignas(32) float tail[32] = {};
         const float* from = x + i;
@@ -98,44 +97,57 @@ struct BFloat16 {
     }
 };
 
-// Rows x 8 columns of y.
+// Up to 8 elements of y.
+template <class T>
+void store_some(typename T::Element* y, __m256 value, int64_t count) {
+    if (count >= 8) return T::store(y, value);
+    typename T::Element whole[8];
+    T::store(whole, value);
+    for (int64_t i = 0; i < count; ++i) y[i] = whole[i];
+}
+
+// Rows x 16 columns of y.
 template <class T, int Rows>
 void finish_block(const EpilogueTask& task, int64_t m, int64_t n) {
-    __m256 value[Rows];
+    __m256 value[Rows][2];
+#pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
-        const auto* sums = reinterpret_cast<const __m256i*>(task.sums + (m + r) * task.sums_stride + n);
-        const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_loadu_si256(sums)),
-                                            _mm256_set1_ps(task.x_scale[m + r]));
-        value[r] = _mm256_fmadd_ps(scaled, _mm256_loadu_ps(task.w_scale + n), _mm256_loadu_ps(task.bias + n));
+        const __m256 x_scale = _mm256_set1_ps(task.x_scale[m + r]);
+        for (int v = 0; v < 2; ++v) {
+            const auto* sums = reinterpret_cast<const __m256i*>(task.sums + (m + r) * task.sums_stride + n + 8 * v);
+            const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_loadu_si256(sums)), x_scale);
+            const __m256 bias = _mm256_loadu_ps(task.bias + n + 8 * v);
+            value[r][v] = _mm256_fmadd_ps(scaled, _mm256_loadu_ps(task.w_scale + n + 8 * v), bias);
+        }
     }
     const float* x_outlier = task.x_outlier + m * task.outliers;
     const float* w_outlier = task.w_outlier + n * task.outliers;
     for (int64_t o = 0; o < task.outliers; ++o) {
-        const __m256 w = _mm256_loadu_ps(w_outlier + o * 8);
+        const __m256 left = _mm256_loadu_ps(w_outlier + o * 8);
+        const __m256 right = _mm256_loadu_ps(w_outlier + (task.outliers + o) * 8);
+#pragma GCC unroll 4
         for (int r = 0; r < Rows; ++r) {
-            value[r] = _mm256_fmadd_ps(_mm256_broadcast_ss(x_outlier + r * task.outliers + o), w, value[r]);
+            const __m256 x = _mm256_broadcast_ss(x_outlier + r * task.outliers + o);
+            value[r][0] = _mm256_fmadd_ps(x, left, value[r][0]);
+            value[r][1] = _mm256_fmadd_ps(x, right, value[r][1]);
         }
     }
+#pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
         auto* y = static_cast<typename T::Element*>(task.y) + (m + r) * task.y_stride + n;
-        if (n + 8 <= task.columns) {
-            T::store(y, value[r]);
-        } else {
-            typename T::Element tail[8];
-            T::store(tail, value[r]);
-            std::memcpy(y, tail, static_cast<size_t>(task.columns - n) * sizeof tail[0]);
-        }
+        store_some<T>(y, value[r][0], task.columns - n);
+        if (n + 8 < task.columns) store_some<T>(y + 8, value[r][1], task.columns - n - 8);
     }
 }
 
 template <class T>
 [[maybe_unused]] void epilogue(const EpilogueTask& task) {
     int64_t m = 0;
-    for (; m + 8 <= task.rows; m += 8) {
-        for (int64_t n = 0; n < task.columns; n += 8) finish_block<T, 8>(task, m, n);
+    for (; m + 4 <= task.rows; m += 4) {
+        for (int64_t n = 0; n < task.columns; n += 16) finish_block<T, 4>(task, m, n);
     }
     for (; m < task.rows; ++m) {
-        for (int64_t n = 0; n < task.columns; n += 8) finish_block<T, 1>(task, m, n);
+        for (int64_t n = 0; n < task.columns; n += 16) finish_block<T, 1>(task, m, n);
     }
 }
 

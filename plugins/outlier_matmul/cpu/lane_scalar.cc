@@ -24,24 +24,26 @@ uint32_t amax_bits(const float* x, int64_t count) {
     return largest;
 }
 
-void encode(const float* x, int64_t count, float inverse, int8_t* q) {
+void encode(const float* x, int64_t count, float inverse, uint8_t* q) {
     for (int64_t i = 0; i < count; ++i) {
         float scaled = x[i] * inverse;
         scaled = scaled > 127.0f ? 127.0f : scaled < -127.0f ? -127.0f : scaled;
         // Adding 1.5 * 2^23 leaves no fraction bits, so that the addition itself rounds half to even.
         const float rounded = (scaled + 12582912.0f) - 12582912.0f;
-        q[i] = static_cast<int8_t>(static_cast<int32_t>(rounded));
+        q[i] = static_cast<uint8_t>(static_cast<int32_t>(rounded) + 128);
     }
 }
 
-void dot(const DotTask& task) {
-    for (int64_t m = 0; m < task.rows; ++m) {
-        const int8_t* q = task.q + m * task.q_stride;
-        for (int64_t n = 0; n < task.columns; ++n) {
-            const int8_t* w = task.w + n * task.inputs_padded;
-            int32_t sum = 0;
-            for (int64_t k = 0; k < task.inputs_padded; ++k) sum += static_cast<int32_t>(q[k]) * w[k];
-            task.sums[m * task.sums_stride + n] = sum;
+void dot(const StripTask& t) {
+    for (int64_t m = 0; m < t.rows; ++m) {
+        int32_t* sums = t.sums + m * t.sums_stride;
+        std::memset(sums, 0, kStripColumns * sizeof *sums);
+        for (int64_t j = 0; j < t.quads; ++j) {
+            const uint8_t* q = t.q + m * t.q_stride + t.order[j];
+            const int8_t* w = t.strip + j * kStripColumns * kQuad;
+            for (int64_t n = 0; n < kStripColumns; ++n) {
+                for (int64_t k = 0; k < kQuad; ++k) sums[n] += (q[k] - 128) * w[n * kQuad + k];
+            }
         }
     }
 }
@@ -72,14 +74,11 @@ void epilogue(const EpilogueTask& task) {
 }
 
 constexpr Lane kLane{"scalar",
-                     /*offset_codes=*/false,
+                     /*saturates=*/false,
                      {widen_float, widen_words<half_to_float>, widen_words<bfloat_to_float>},
                      amax_bits,
                      encode,
-                     /*encode_wide=*/nullptr,
                      dot,
-                     /*make_strip=*/nullptr,
-                     /*dot_strip=*/nullptr,
                      {epilogue<float>, epilogue<Word<float_to_half>>, epilogue<Word<float_to_bfloat>>}};
 
 }  // namespace

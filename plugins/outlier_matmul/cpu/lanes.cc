@@ -50,7 +50,7 @@ LaneList make_list() {
     add(kAvx512VnniLane, cpu.avx512_vnni);
     add(kAvxVnniLane, cpu.avx_vnni);
     add(kAvx2Lane, cpu.avx2);
-    add(kAvx2OffsetLane, cpu.avx2);
+    add(kEmulatedVnniLane, cpu.avx2);
     add(kScalarLane, true);
     return list;
 }

@@ -10,34 +10,32 @@ namespace qpipe::outlier_matmul {
 
 enum ElementType { kFloat32, kFloat16, kBFloat16, kElementTypes };
 
-// One product of codes: sums[m * sums_stride + n] = sum_k q[m, k] * w[n, k], exactly.
-struct DotTask {
-    const int8_t* q;  // [rows, inputs_padded]; q + 128 as unsigned when the lane says offset_codes
+// Codes are stored as q + 128, unsigned, because x86 multiplies unsigned by signed bytes. Weights lie in strips of 16
+// columns, four inputs (a quad) at a time: int8 [quads][16][4]. A vector then holds the same quad of several columns,
+// and no sum across a vector is needed.
+//
+// AVX2's vpmaddubsw adds two products in 16 bits and saturates. Codes being 0..255 it is exact where the weights of one
+// sign in a pair add up to at most 128 in magnitude, because 255 * 128 < 2^15. Quads of such pairs are safe and come
+// first; the others take one more step.
+constexpr int64_t kStripColumns = 16;
+constexpr int64_t kQuad = 4;
+constexpr int kSafeSum = 128;
+
+// sums[m][n] = sum_k q[m, k] * w[n, k], exactly.
+struct StripTask {
+    const uint8_t* q;  // [rows, q_stride]
     int64_t q_stride;
     int64_t rows;
-    const int8_t* w;  // [columns, inputs_padded], row stride = inputs_padded
-    int64_t columns;
-    int64_t inputs_padded;      // multiple of 16
-    const int32_t* column_sum;  // sum_k w[n, k]; read only by lanes with offset_codes
-    int32_t* sums;
+    const int8_t* strip;
+    const int32_t* order;  // [quads]: first input of each quad
+    int64_t quads;
+    int64_t safe;               // number of safe quads
+    const int32_t* correction;  // [16]: what the 128 added to the codes of safe quads adds to the sums
+    int32_t* sums;              // [rows, sums_stride], rows aligned to 64 bytes
     int64_t sums_stride;
 };
 
-// A strip is 16 columns of w, rearranged so that a vector holds the same two inputs of eight columns:
-// int16 [inputs / 2][16][2]. Its product needs no sums across a vector.
-constexpr int64_t kStripColumns = 16;
-
-struct StripTask {
-    const int16_t* q;  // [rows, inputs]
-    int64_t q_stride;
-    int64_t rows;
-    const int16_t* strip;
-    int64_t inputs;   // multiple of 16
-    int32_t* sums;    // [rows, 16]
-    bool accumulate;  // add to sums
-};
-
-// From sums to y. All arrays over columns are readable up to the next multiple of 8.
+// From sums to y. All arrays over columns are readable up to the next multiple of 16.
 struct EpilogueTask {
     const int32_t* sums;
     int64_t sums_stride;
@@ -55,26 +53,21 @@ struct EpilogueTask {
 
 struct Lane {
     const char* name;
-    bool offset_codes;
+    bool saturates;  // only safe quads may be multiplied the short way
     // Elements to float32, without loss.
     void (*widen[kElementTypes])(const void* x, int64_t count, float* out);
     // Largest magnitude as float bits; infinities and NaN are 0x7f800000 and more.
     uint32_t (*amax_bits)(const float* x, int64_t count);
-    // clip(rint(x * inverse), -127, 127); rint rounds half to even. Offset lanes store code + 128.
-    void (*encode)(const float* x, int64_t count, float inverse, int8_t* q);
-    // The same as int16; null in a lane that does not rearrange weights.
-    void (*encode_wide)(const float* x, int64_t count, float inverse, int16_t* q);
-    void (*dot)(const DotTask& task);
-    // Rearrange w [columns <= 16, inputs]; columns beyond repeat the last one.
-    void (*make_strip)(const int8_t* w, int64_t w_stride, int64_t columns, int64_t inputs, int16_t* strip);
-    void (*dot_strip)(const StripTask& task);
+    // clip(rint(x * inverse), -127, 127) + 128; rint rounds half to even. Writes whole vectors: q is padded to 64.
+    void (*encode)(const float* x, int64_t count, float inverse, uint8_t* q);
+    void (*dot)(const StripTask& task);
     void (*epilogue[kElementTypes])(const EpilogueTask& task);
 };
 
 // Null where the compiler or the architecture has no such lane.
 extern const Lane* const kScalarLane;
 extern const Lane* const kAvx2Lane;
-extern const Lane* const kAvx2OffsetLane;  // VNNI's arithmetic on AVX2: tests run the offset path where VNNI is missing
+extern const Lane* const kEmulatedVnniLane;  // VNNI's code on AVX2, for tests where VNNI is missing
 extern const Lane* const kAvxVnniLane;
 extern const Lane* const kAvx512VnniLane;
 

@@ -8,13 +8,11 @@
 namespace qpipe::outlier_matmul {
 namespace {
 
-constexpr int64_t kDirectBytes = 192 * 1024;  // of w_q per task: stays in the second-level cache while X passes by
-constexpr int64_t kDirectColumns = 128;
-constexpr int64_t kDirectRows = 32;      // sums of a tile: at most 32 x 128 x 4 = 16 KiB
-constexpr int64_t kFewRows = 24;         // up to here rearranging the weights does not pay
-constexpr int64_t kStripTaskColumns = 64;
-constexpr int64_t kStripRows = 256;    // sums: 256 x 16 x 4 = 16 KiB
-constexpr int64_t kStripInputs = 512;  // weights: 16 x 512 x 2 = 16 KiB
+constexpr int64_t kTileRows = 64;
+constexpr int64_t kTileStrips = 4;         // sums of a tile: 64 x 64 x 4 = 16 KiB; y is written 256 bytes at a time
+constexpr int64_t kTileColumns = kTileStrips * kStripColumns;
+constexpr int64_t kTaskRows = 256;         // rows that pass by a strip while it stays in the second-level cache
+constexpr int64_t kTaskWork = 512 * 1024;  // multiply-adds per parallel task, at least
 constexpr int64_t kQuantizeElements = 16 * 1024;  // per parallel task
 constexpr int64_t kMaxQuantizeTasks = 64;
 constexpr int64_t kSerialWork = 64 * 1024;  // multiply-adds below which waking threads costs more than it gains
@@ -40,18 +38,67 @@ OrtStatus* parallel(const OrtKernelContext* context, bool serial, size_t total, 
     return api().KernelContext_ParallelFor(context, fn, total, 0, data);
 }
 
+// Four inputs of the columns of a strip, [16][4]; columns beyond the last are 0.
+struct Quad {
+    int8_t w[kStripColumns * kQuad];
+
+    Quad(const int8_t* w_q, int64_t columns, int64_t inputs, int64_t n0, int64_t k) {
+        for (int64_t n = 0; n < kStripColumns; ++n) {
+            if (n0 + n < columns) {
+                std::memcpy(w + n * kQuad, w_q + (n0 + n) * inputs + k, kQuad);
+            } else {
+                std::memset(w + n * kQuad, 0, kQuad);
+            }
+        }
+    }
+
+    bool is_safe() const {
+        int largest = 0;
+        for (int64_t i = 0; i < kStripColumns * kQuad; i += 2) {
+            const int positive = std::max<int>(w[i], 0) + std::max<int>(w[i + 1], 0);
+            const int negative = std::max<int>(-w[i], 0) + std::max<int>(-w[i + 1], 0);
+            largest = std::max({largest, positive, negative});
+        }
+        return largest <= kSafeSum;
+    }
+};
+
+void make_strips(const int8_t* w_q, int64_t columns, int64_t inputs, bool saturates, Weights& weights) {
+    const int64_t quads = inputs / kQuad, strips = weights.columns / kStripColumns;
+    weights.strips.resize(static_cast<size_t>(weights.columns * inputs));
+    weights.order.resize(static_cast<size_t>(strips * quads));
+    weights.safe.resize(static_cast<size_t>(strips));
+    weights.correction.assign(static_cast<size_t>(weights.columns), 0);
+    for (int64_t strip = 0; strip < strips; ++strip) {
+        int32_t* correction = weights.correction.data() + strip * kStripColumns;
+        int8_t* packed = weights.strips.data() + strip * kStripColumns * inputs;
+        int32_t* order = weights.order.data() + strip * quads;
+        int64_t front = 0, back = quads;  // safe quads fill from the front, the others from the back
+        for (int64_t k = 0; k < inputs; k += kQuad) {
+            const Quad quad(w_q, columns, inputs, strip * kStripColumns, k);
+            const bool safe = !saturates || quad.is_safe();
+            const int64_t place = safe ? front++ : --back;
+            order[place] = static_cast<int32_t>(k);
+            std::memcpy(packed + place * kStripColumns * kQuad, quad.w, sizeof quad.w);
+            for (int64_t i = 0; i < kStripColumns * kQuad && safe; ++i) correction[i / kQuad] += 128 * quad.w[i];
+        }
+        weights.safe[static_cast<size_t>(strip)] = static_cast<int32_t>(front);
+    }
+}
+
 }  // namespace
 
 Weights prepare(const Tensor (&in)[6], const Extents& extents, ElementType type, const Lane& lane) {
     Weights weights;
     const int64_t columns = extents.outputs, outliers = extents.outliers;
-    weights.stride = round_up(columns, 8);
+    weights.columns = round_up(columns, kStripColumns);
+    const auto padded = static_cast<size_t>(weights.columns);
     const auto* index = in[kOutlierIndex].as<int32_t>();
     weights.outlier_index.assign(index, index + outliers);
-    weights.w_scale.assign(static_cast<size_t>(weights.stride), 0.0f);
+    weights.w_scale.assign(padded, 0.0f);
     std::copy_n(in[kWScale].as<float>(), columns, weights.w_scale.begin());
-    weights.no_bias.assign(static_cast<size_t>(weights.stride), 0.0f);
-    weights.w_outlier.assign(static_cast<size_t>(outliers * weights.stride), 0.0f);
+    weights.no_bias.assign(padded, 0.0f);
+    weights.w_outlier.assign(padded * static_cast<size_t>(outliers), 0.0f);
     std::vector<float> row(static_cast<size_t>(extents.outliers_padded));
     const auto* w_outlier = in[kWOutlier].as<char>();
     for (int64_t n = 0; n < columns && outliers > 0; ++n) {
@@ -61,15 +108,7 @@ Weights prepare(const Tensor (&in)[6], const Extents& extents, ElementType type,
             weights.w_outlier[static_cast<size_t>((n / 8 * outliers + o) * 8 + n % 8)] = row[static_cast<size_t>(o)];
         }
     }
-    if (lane.offset_codes) {
-        weights.column_sum.resize(static_cast<size_t>(columns));
-        for (int64_t n = 0; n < columns; ++n) {
-            const int8_t* w = in[kWq].as<int8_t>() + n * extents.inputs_padded;
-            int32_t sum = 0;
-            for (int64_t k = 0; k < extents.inputs_padded; ++k) sum += w[k];
-            weights.column_sum[static_cast<size_t>(n)] = sum;
-        }
-    }
+    make_strips(in[kWq].as<int8_t>(), columns, extents.inputs_padded, lane.saturates, weights);
     return weights;
 }
 
@@ -81,35 +120,24 @@ int64_t Run::quantize_tasks() const {
     return std::clamp(divide_up(elements, kQuantizeElements), int64_t{1}, std::min(extents.rows, kMaxQuantizeTasks));
 }
 
-bool Run::uses_strips() const { return lane.dot_strip != nullptr && extents.rows > kFewRows; }
-
-int64_t Run::task_columns() const {
-    if (uses_strips()) return kStripTaskColumns;
-    const int64_t fitting = kDirectBytes / std::max<int64_t>(extents.inputs_padded, 1) / 8 * 8;
-    return std::clamp<int64_t>(fitting, 16, kDirectColumns);
+int64_t Run::strips_per_task() const {
+    const int64_t work = kStripColumns * extents.inputs_padded * std::min(extents.rows, kTaskRows);
+    const int64_t wanted = round_up(kTaskWork / std::max<int64_t>(work, 1), kTileStrips);
+    return std::clamp(wanted, kTileStrips, weights.columns / kStripColumns + kTileStrips);
 }
 
-int64_t Run::task_rows() const { return uses_strips() ? kStripRows : 2 * kDirectRows; }
-int64_t Run::column_tasks() const { return divide_up(extents.outputs, task_columns()); }
-int64_t Run::row_tasks() const { return divide_up(extents.rows, task_rows()); }
-
-void Run::encode(const float* row, float inverse, char* codes) const {
-    if (uses_strips()) {
-        lane.encode_wide(row, extents.inputs, inverse, reinterpret_cast<int16_t*>(codes));
-    } else {
-        lane.encode(row, extents.inputs, inverse, reinterpret_cast<int8_t*>(codes));
-    }
-}
+int64_t Run::column_tasks() const { return divide_up(weights.columns / kStripColumns, strips_per_task()); }
+int64_t Run::row_tasks() const { return divide_up(extents.rows, kTaskRows); }
 
 size_t Run::scratch_bytes() const {
-    return 64 + aligned(extents.rows * q_stride() * code_bytes()) + aligned(extents.rows * 4) +
+    return 64 + aligned(extents.rows * q_stride()) + aligned(extents.rows * 4) +
            aligned(extents.rows * extents.outliers * 4) + aligned(quantize_tasks() * extents.inputs * 4);
 }
 
 void Run::use_scratch(void* scratch) {
     auto* next = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(scratch) + 63) / 64 * 64);
-    q = next;
-    next += aligned(extents.rows * q_stride() * code_bytes());
+    q = reinterpret_cast<uint8_t*>(next);
+    next += aligned(extents.rows * q_stride());
     x_scale = reinterpret_cast<float*>(next);
     next += aligned(extents.rows * 4);
     x_outlier = reinterpret_cast<float*>(next);
@@ -144,17 +172,16 @@ void Run::quantize_row(int64_t m, float* row) {
         value = 0.0f;
     }
     const uint32_t bits = lane.amax_bits(row, inputs);
-    char* codes = q + m * q_stride() * code_bytes();
-    std::memset(codes + inputs * code_bytes(), 0,
-                static_cast<size_t>((extents.inputs_padded - inputs) * code_bytes()));
+    uint8_t* codes = q + m * q_stride();
+    std::memset(codes + inputs, 0, static_cast<size_t>(extents.inputs_padded - inputs));
     if (limit > 0 && from_bits(bits) > limit) {
         x_scale[m] = quantize_with_new_outliers(m, row, bits);
     } else {
         x_scale[m] = std::max(from_bits(bits) / kOneDigit, kSmallestScale);
-        if (bits < kInfinityBits) encode(row, 1.0f / x_scale[m], codes);
+        if (bits < kInfinityBits) lane.encode(row, inputs, 1.0f / x_scale[m], codes);
     }
     if (bits >= kInfinityBits) {
-        std::memset(codes, 0, static_cast<size_t>(inputs * code_bytes()));
+        std::memset(codes, 128, static_cast<size_t>(inputs));
         x_scale[m] = std::numeric_limits<float>::quiet_NaN();
     }
 }
@@ -174,10 +201,10 @@ float Run::quantize_with_new_outliers(int64_t m, float* row, uint32_t amax_bits)
     new_outliers += met;
     if (amax_bits >= kInfinityBits) return 0.0f;
     const float largest = from_bits(amax_bits);
-    char* codes = q + m * q_stride() * code_bytes();
+    uint8_t* codes = q + m * q_stride();
     if (met > kMaxNewOutliers) {
         const float scale = std::max(largest / kOneDigit, kSmallestScale);
-        encode(row, 1.0f / scale, codes);
+        lane.encode(row, extents.inputs, 1.0f / scale, codes);
         return scale;
     }
     const float scale = std::max({regular / kOneDigit, largest / kTwoDigits, kSmallestScale});
@@ -191,48 +218,35 @@ float Run::quantize_with_new_outliers(int64_t m, float* row, uint32_t amax_bits)
         // The low digit, -64..64, takes the value's place; scaled so that encoding gives exactly this digit.
         row[k] = (code - 128.0f * high) * scale;
     }
-    encode(row, inverse, codes);
+    lane.encode(row, extents.inputs, inverse, codes);
     return scale;
 }
 
 void Run::multiply_task(size_t task) {
     const int64_t index = static_cast<int64_t>(task);
-    const int64_t n0 = index / row_tasks() * task_columns(), m0 = index % row_tasks() * task_rows();
-    const int64_t columns = std::min(task_columns(), extents.outputs - n0);
-    const int64_t rows = std::min(task_rows(), extents.rows - m0);
-    uses_strips() ? multiply_strips(m0, rows, n0, columns) : multiply_direct(m0, rows, n0, columns);
-}
-
-void Run::multiply_direct(int64_t m0, int64_t rows, int64_t n0, int64_t columns) {
-    alignas(64) int32_t sums[kDirectRows * kDirectColumns];
-    const int32_t* column_sum = lane.offset_codes ? weights.column_sum.data() + n0 : nullptr;
-    for (int64_t m = m0; m < m0 + rows; m += kDirectRows) {
-        const int64_t part = std::min(kDirectRows, m0 + rows - m);
-        lane.dot({reinterpret_cast<const int8_t*>(q) + m * q_stride(), q_stride(), part,
-                  w_q + n0 * extents.inputs_padded, columns, extents.inputs_padded, column_sum, sums, kDirectColumns});
-        finish(m, part, n0, columns, sums, kDirectColumns);
-    }
-}
-
-void Run::multiply_strips(int64_t m0, int64_t rows, int64_t n0, int64_t columns) {
-    alignas(64) int16_t strip[kStripColumns * kStripInputs];
-    alignas(64) int32_t sums[kStripRows * kStripColumns];
-    const auto* codes = reinterpret_cast<const int16_t*>(q) + m0 * q_stride();
-    for (int64_t n = n0; n < n0 + columns; n += kStripColumns) {
-        const int64_t part = std::min(kStripColumns, n0 + columns - n);
-        for (int64_t k = 0; k < extents.inputs_padded; k += kStripInputs) {
-            const int64_t inputs = std::min(kStripInputs, extents.inputs_padded - k);
-            lane.make_strip(w_q + n * extents.inputs_padded + k, extents.inputs_padded, part, inputs, strip);
-            lane.dot_strip({codes + k, q_stride(), rows, strip, inputs, sums, k > 0});
+    const int64_t first = index / row_tasks() * strips_per_task(), m0 = index % row_tasks() * kTaskRows;
+    const int64_t last = std::min(first + strips_per_task(), weights.columns / kStripColumns);
+    const int64_t rows = std::min(kTaskRows, extents.rows - m0);
+    for (int64_t strip = first; strip < last; strip += kTileStrips) {
+        for (int64_t m = m0; m < m0 + rows; m += kTileRows) {
+            multiply_tile(strip, std::min(kTileStrips, last - strip), m, std::min(kTileRows, m0 + rows - m));
         }
-        finish(m0, rows, n, part, sums, kStripColumns);
     }
 }
 
-void Run::finish(int64_t m0, int64_t rows, int64_t n0, int64_t columns, int32_t* sums, int64_t sums_stride) {
-    for (int64_t m = 0; m < rows && limit > 0; ++m) add_high_digits(m0 + m, n0, columns, sums + m * sums_stride);
+void Run::multiply_tile(int64_t strip, int64_t strips, int64_t m0, int64_t rows) {
+    alignas(64) int32_t sums[kTileRows * kTileColumns];
+    const int64_t quads = extents.inputs_padded / kQuad, n0 = strip * kStripColumns;
+    const int64_t columns = std::min(strips * kStripColumns, extents.outputs - n0);
+    for (int64_t i = 0; i < strips; ++i) {
+        const int64_t n = n0 + i * kStripColumns;
+        lane.dot({q + m0 * q_stride(), q_stride(), rows, weights.strips.data() + n * extents.inputs_padded,
+                  weights.order.data() + (strip + i) * quads, quads, weights.safe[static_cast<size_t>(strip + i)],
+                  weights.correction.data() + n, sums + i * kStripColumns, kTileColumns});
+    }
+    for (int64_t m = 0; m < rows && limit > 0; ++m) add_high_digits(m0 + m, n0, columns, sums + m * kTileColumns);
     char* target = static_cast<char*>(y) + static_cast<size_t>(m0 * extents.outputs + n0) * element_size(type);
-    lane.epilogue[type]({sums, sums_stride, rows, columns, x_scale + m0, weights.w_scale.data() + n0, bias + n0,
+    lane.epilogue[type]({sums, kTileColumns, rows, columns, x_scale + m0, weights.w_scale.data() + n0, bias + n0,
                          x_outlier + m0 * extents.outliers, weights.w_outlier.data() + n0 * extents.outliers,
                          extents.outliers, target, extents.outputs});
 }

@@ -11,21 +11,20 @@
 
 namespace qpipe::outlier_matmul {
 
-// Constant inputs in the form that the epilogue reads. Arrays over columns are padded to a multiple of 8.
+// Constant inputs in the form that the lane reads. Arrays over columns are padded to a multiple of 16.
 struct Weights {
     std::vector<int32_t> outlier_index;  // [O]
     std::vector<float> w_scale;          // [N]
     std::vector<float> w_outlier;        // [blocks of 8 columns][O][8], float32
     std::vector<float> no_bias;          // [N] zeros
-    std::vector<int32_t> column_sum;     // [N], only for lanes with offset codes
-    int64_t stride = 0;                  // N padded
+    std::vector<int8_t> strips;          // [N / 16][quads][16][4]; see lanes.h
+    std::vector<int32_t> order;          // [N / 16][quads]
+    std::vector<int32_t> safe;           // [N / 16]
+    std::vector<int32_t> correction;     // [N]
+    int64_t columns = 0;                 // N padded
 };
 
 Weights prepare(const Tensor (&in)[6], const Extents& extents, ElementType type, const Lane& lane);
-
-// Runs fn(user_data, i) for i in [0, total), in parallel.
-using ParallelFor = OrtStatus* (*)(const OrtKernelContext* context, void (*fn)(void*, size_t), size_t total,
-                                   void* user_data);
 
 // The second digit of a new outlier: x / scale = 128 * high + code.
 struct HighDigit {
@@ -45,7 +44,7 @@ struct Run {
     void* y;
 
     // Scratch, laid out by `scratch_bytes` and `use_scratch`.
-    char* q = nullptr;             // codes [M, q_stride]: int8, or int16 for strips
+    uint8_t* q = nullptr;          // codes [M, q_stride]
     float* x_scale = nullptr;      // [M]
     float* x_outlier = nullptr;    // [M, O]
     float* row_buffer = nullptr;   // [quantize tasks, K]
@@ -60,20 +59,14 @@ struct Run {
   private:
     int64_t q_stride() const;
     int64_t quantize_tasks() const;
-    bool uses_strips() const;
-    int64_t code_bytes() const { return uses_strips() ? 2 : 1; }
-    int64_t task_columns() const;
-    int64_t task_rows() const;
+    int64_t strips_per_task() const;
     int64_t column_tasks() const;
     int64_t row_tasks() const;
-    void encode(const float* row, float inverse, char* codes) const;
     void quantize_task(size_t task);
     void quantize_row(int64_t m, float* buffer);
     float quantize_with_new_outliers(int64_t m, float* row, uint32_t amax_bits);
     void multiply_task(size_t task);
-    void multiply_direct(int64_t m0, int64_t rows, int64_t n0, int64_t columns);
-    void multiply_strips(int64_t m0, int64_t rows, int64_t n0, int64_t columns);
-    void finish(int64_t m0, int64_t rows, int64_t n0, int64_t columns, int32_t* sums, int64_t sums_stride);
+    void multiply_tile(int64_t strip, int64_t strips, int64_t m0, int64_t rows);
     void add_high_digits(int64_t m, int64_t n0, int64_t columns, int32_t* sums) const;
 };
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 
 import onnx_graphsurgeon as gs
 
@@ -18,11 +19,16 @@ _MOVES = frozenset({"Identity", "Reshape", "Transpose", "Flatten", "Squeeze", "U
 def with_moved(graph: gs.Graph, calibration: Calibration) -> Calibration:
     """Return ``calibration`` with tensors that it lacks and that hold the values of one it has, in another layout.
 
-    Passes make such tensors, and collecting ran the file as it was before them.
+    Passes make such tensors, and collecting ran the file as it was before them. A name that two bodies use for
+    tensors of their own is left out.
     """
     found = dict(calibration.tensors)
-    for node in (node for inner in all_graphs(graph) for node in inner.nodes):
-        if node.op in _MOVES and not node.domain and node.inputs and node.inputs[0].name in found:
+    nodes = [node for inner in all_graphs(graph) for node in inner.nodes]
+    writers = Counter(tensor.name for node in nodes for tensor in node.outputs)
+    for node in nodes:
+        if node.op not in _MOVES or node.domain or not node.inputs or node.inputs[0].name not in found:
+            continue
+        if writers[node.outputs[0].name] == 1:
             found.setdefault(node.outputs[0].name, TensorStats(histogram=found[node.inputs[0].name].histogram))
     return dataclasses.replace(calibration, tensors=found)
 

@@ -36,9 +36,11 @@ class Regions:
     _pruned: set[str] = field(default_factory=set)
     _parent: dict[str, str] = field(default_factory=dict)
     _outputs: set[int] = field(default_factory=set)
+    _local: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._outputs = {id(tensor) for tensor in self.graph.outputs}
+        self._local = {node.name for node in self.graph.nodes}
 
     def seed(self, node: gs.Node, rule: OpRule, *, gives_codes: bool) -> None:
         """Start a region at a node whose data inputs are codes, and whose output is codes too if it ``gives_codes``."""
@@ -122,7 +124,8 @@ class Regions:
         self._places[node.name] = tensor
 
     def _reads_codes(self, tensor: gs.Tensor) -> bool:
-        return any(consumer.name in self._members for consumer in tensor.outputs)
+        # A body reads behind a quantizer too: ONNX Runtime crashes when it moves a DequantizeLinear up to its border.
+        return any(c.name in self._members or c.name not in self._local for c in tensor.outputs)
 
     def _find(self, name: str) -> str:
         root = name

@@ -122,13 +122,14 @@ def quantize(
     batches: Sequence[Batch] | None = None,
     *,
     calibration: Calibration | None = None,
-    options: QuantizeOptions = QuantizeOptions(),
+    options: QuantizeOptions | None = None,
     **recipe: Any,
 ) -> Result:
     """Calibrate, quantize, and hold the result against the ONNX checker and the Q/DQ rules."""
     chosen = make_recipe(**recipe)
     if calibration is None and needs_statistics(chosen):
         calibration = calibrate(proto, random_batches(proto) if batches is None else batches)
+    options = options or QuantizeOptions()
     done = quantize_model(prepare(graph.from_proto(proto)), chosen, calibration, options=options)
     findings = check_qdq(done.model, target=chosen.target)
     assert [f for f in findings if f.severity == "error"] == []

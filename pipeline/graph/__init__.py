@@ -7,6 +7,7 @@ from .constants import computed, constant, stored_size, values
 from .exporter import to_proto
 from .identity import Topology, model_hash, topology
 from .importer import clone, from_proto
+from .lazy import Lazy, by_rows
 from .model import Model
 from .queries import all_graphs, constants, consumers, fresh_name, producer
 from .reading import load
@@ -14,9 +15,11 @@ from .writing import EXTERNAL_THRESHOLD, save
 
 __all__ = [
     "EXTERNAL_THRESHOLD",
+    "Lazy",
     "Model",
     "Topology",
     "all_graphs",
+    "by_rows",
     "check",
     "check_proto",
     "clone",

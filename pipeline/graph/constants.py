@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,14 @@ from onnx_graphsurgeon import Constant
 from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from ...calibrate.errors import ModelError
-from .external import FileRange
-from .protos import Array, byte_size, header, is_packed, numpy_type, onnx_type_of, pack, unpack
+from .external import CHUNK, FileRange
+from .lazy import Lazy
+from .parallel import in_order
+from .protos import Array, byte_size, header, numpy_type, onnx_type_of, pack, unpack
+from .scratch import LARGE, keep
+
+Job = Callable[[], Any]
+"""Makes some bytes, as an object with the buffer interface, in whatever thread it is called."""
 
 _KEYS = itertools.count(1)
 
@@ -48,9 +55,13 @@ class Values(LazyValues):  # type: ignore[misc]
         except ValueError as error:
             raise ModelError(f"tensor {self.tensor.name!r} cannot be read", found=str(error)) from error
 
+    def jobs(self) -> Iterator[Job]:
+        """Yield functions that give the packed bytes, which follow each other in this order."""
+        yield lambda: self.tensor.raw_data if self.tensor.HasField("raw_data") else pack(self.read())
+
     def chunks(self) -> Iterator[Any]:
-        """Yield the packed bytes in order, as objects with the buffer interface."""
-        yield self.tensor.raw_data if self.tensor.HasField("raw_data") else pack(self.read())
+        """Yield the packed bytes in order, a few megabytes at a time where they are not in memory anyway."""
+        return (job() for job in self.jobs())
 
     def load(self) -> Array:
         """Return a copy of the values; what graphsurgeon calls when ``.values`` is touched."""
@@ -84,63 +95,100 @@ class FileValues(KeyedValues):
         """Return the values [shape], a read-only view of the mapped file unless the type is packed."""
         return unpack(self.source.map(), self.tensor)
 
-    def chunks(self) -> Iterator[Any]:
-        """Yield the bytes of the file, a few megabytes at a time."""
-        return self.source.chunks()
+    def jobs(self) -> Iterator[Job]:
+        """Yield functions that read the bytes of the file, a few megabytes each."""
+        for start in range(0, self.source.length, CHUNK):
+            yield partial(self.source.read, start, min(CHUNK, self.source.length - start))
+
+
+class PackedValues(KeyedValues):
+    """Values that were packed already, and are kept in memory or in the scratch file."""
+
+    def __init__(self, tensor: TensorProto, packed: Array) -> None:
+        super().__init__(tensor)
+        self._packed = keep(packed)
+
+    def read(self) -> Array:
+        """Return the values [shape], a read-only view unless the type is packed."""
+        return unpack(self._packed, self.tensor)
+
+    def jobs(self) -> Iterator[Job]:
+        """Yield functions that give the bytes, a few megabytes each."""
+        for start in range(0, len(self._packed), CHUNK):
+            yield partial(self._packed.__getitem__, slice(start, start + CHUNK))
 
 
 class ComputedValues(KeyedValues):
-    """Values that a function makes anew, block after block, each time they are read."""
+    """Values that are made anew, block after block, each time they are read."""
 
-    def __init__(self, tensor: TensorProto, blocks: Callable[[], Iterable[Array]]) -> None:
+    def __init__(self, tensor: TensorProto, blocks: Callable[[], Iterable[Array | Callable[[], Array]]]) -> None:
         super().__init__(tensor)
         self._blocks = blocks
 
     def read(self) -> Array:
         """Return all blocks in one array [shape]."""
-        parts = [self._typed(block).reshape(-1) for block in self._blocks()]
-        return np.concatenate(parts or [np.empty(0, self.dtype)]).reshape(self.shape)
+        made = np.empty(int(np.prod(self.shape)), self.dtype)
+        place = 0
+        for block in in_order(partial(self._typed, block) for block in self._blocks()):
+            made[place : place + block.size] = block
+            place += block.size
+        return made.reshape(self.shape)
 
-    def chunks(self) -> Iterator[Any]:
-        """Yield the packed bytes of one block after the other."""
-        if is_packed(self.tensor.data_type):
-            return (pack(self._typed(block)) for block in self._blocks())
-        return (np.ascontiguousarray(self._typed(block)).view(np.uint8).data for block in self._blocks())
+    def jobs(self) -> Iterator[Job]:
+        """Yield functions that make the packed bytes of one block each."""
+        for block in self._blocks():
+            yield partial(lambda block: pack(self._typed(block)), block)
 
-    def _typed(self, block: npt.ArrayLike) -> Array:
-        return np.atleast_1d(np.asarray(block, dtype=self.dtype))
+    def _typed(self, block: Array | Callable[[], Array]) -> Array:
+        made = block() if callable(block) else block
+        return np.asarray(made, dtype=self.dtype).reshape(-1)
 
 
-def constant(name: str, array: npt.ArrayLike, onnx_type: str | int | None = None) -> Constant:
+def constant(name: str, array: npt.ArrayLike | Lazy, onnx_type: str | int | None = None) -> Constant:
     """Make a constant of any ONNX type.
 
     Args:
         name: Name of the tensor.
-        array: Unpacked values [shape]; of the type's own numpy or ml_dtypes type, or anything that casts to it.
+        array: Unpacked values [shape]; of the type's own numpy or ml_dtypes type, or anything that casts to it. A lazy
+            array is made when the model is saved; another large one is kept in the scratch file, not in memory.
         onnx_type: ``"INT4"``, ``"FLOAT8E4M3FN"``, ... (TensorProto.DataType); None takes the array's own type.
 
     Returns:
         A constant whose values are packed already; graphsurgeon passes it through as it is.
     """
+    if isinstance(array, Lazy):
+        return computed(name, array.shape, onnx_type_of(array.dtype) if onnx_type is None else onnx_type, array.jobs)
     data = np.asarray(array)
-    if onnx_type is not None:
-        number = TensorProto.DataType.Value(onnx_type) if isinstance(onnx_type, str) else onnx_type
+    number = _type_number(onnx_type) if onnx_type is not None else None
+    if number is not None:
         data = data.astype(numpy_type(number), copy=False)
-    return Constant(name, Values(numpy_helper.from_array(data, name)))
+    if data.nbytes < LARGE or data.dtype.kind in "OSU":
+        return Constant(name, Values(numpy_helper.from_array(data, name)))
+    tensor = TensorProto(name=name, data_type=number or onnx_type_of(data.dtype), dims=data.shape)
+    return Constant(name, PackedValues(tensor, pack(data)))
 
 
-def computed(name: str, shape: Iterable[int], onnx_type: str, blocks: Callable[[], Iterable[Array]]) -> Constant:
+def computed(
+    name: str,
+    shape: Iterable[int],
+    onnx_type: str | int,
+    blocks: Callable[[], Iterable[Array | Callable[[], Array]]],
+) -> Constant:
     """Make a constant whose values are made when the model is saved, and never all held.
 
     Args:
         name: Name of the tensor.
         shape: Dimensions.
-        onnx_type: Name in TensorProto.DataType.
-        blocks: Called for each reading; yields unpacked arrays that follow each other in row-major order. All but
-            the last must fill whole bytes.
+        onnx_type: Name in TensorProto.DataType, or its number.
+        blocks: Called for each reading; yields unpacked arrays that follow each other in row-major order, or functions
+            that make them, which are then called in several threads. All but the last must fill whole bytes.
     """
-    tensor = TensorProto(name=name, data_type=TensorProto.DataType.Value(onnx_type), dims=tuple(shape))
+    tensor = TensorProto(name=name, data_type=_type_number(onnx_type), dims=tuple(shape))
     return Constant(name, ComputedValues(tensor, blocks))
+
+
+def _type_number(onnx_type: str | int) -> int:
+    return int(TensorProto.DataType.Value(onnx_type)) if isinstance(onnx_type, str) else onnx_type
 
 
 def stored(tensor: Constant) -> Values:

@@ -48,7 +48,11 @@ class Skeleton:
 
     def fill(self) -> None:
         """Put the data of all tensors that still lack it into the model."""
-        for tensor in keyed_tensors(self.proto):
+        self.fill_in(self.proto)
+
+    def fill_in(self, message: Any) -> None:
+        """Put the data of all tensors of a part of the model that still lack it into them."""
+        for tensor in keyed_tensors(message):
             if location_of(tensor) in self.weights:
                 embed(tensor, b"".join(self.weights[location_of(tensor)].chunks()))
 

@@ -9,6 +9,7 @@ Source: ONNX, "External data"; its ``location``, ``offset`` and ``length`` entri
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 import shlex
@@ -19,8 +20,8 @@ from pathlib import Path, PureWindowsPath
 
 from ...calibrate.errors import ModelError
 
-CHUNK = 16 * 2**20
-"""Bytes that are mapped at a time when a range is copied."""
+CHUNK = 4 * 2**20
+"""Bytes that are read at a time when a range is copied."""
 
 _OPEN_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
@@ -50,6 +51,30 @@ class FileRange:
         size = self.length - start if length is None else length
         if size == 0:
             return memoryview(b"")
+        first = self.offset + start
+        skip = first % mmap.ALLOCATIONGRANULARITY
+        with self._opened() as descriptor:
+            mapped = mmap.mmap(descriptor, skip + size, access=mmap.ACCESS_READ, offset=first - skip)
+        return memoryview(mapped)[skip:]
+
+    def read(self, start: int, length: int) -> bytearray:
+        """Return a copy of ``length`` bytes from ``start`` of the range.
+
+        Raises:
+            ModelError: The file was replaced or cut off since the path rules were applied.
+        """
+        data = bytearray(length)
+        rest = memoryview(data)
+        with self._opened() as descriptor:
+            while rest:
+                count = os.preadv(descriptor, [rest], self.offset + start + length - len(rest))
+                if count == 0:
+                    raise ModelError("a data file was cut off while it was in use", where=str(self.path))
+                rest = rest[count:]
+        return data
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[int]:
         try:
             descriptor = os.open(self.path, _OPEN_FLAGS)
         except OSError as error:
@@ -57,17 +82,9 @@ class FileRange:
         try:
             if _identity(os.fstat(descriptor)) != self.identity:
                 raise ModelError("a data file changed while it was in use", where=str(self.path), do="run again")
-            first = self.offset + start
-            skip = first % mmap.ALLOCATIONGRANULARITY
-            mapped = mmap.mmap(descriptor, skip + size, access=mmap.ACCESS_READ, offset=first - skip)
+            yield descriptor
         finally:
             os.close(descriptor)
-        return memoryview(mapped)[skip:]
-
-    def chunks(self) -> Iterator[memoryview]:
-        """Yield the bytes in order, at most `CHUNK` of them mapped at a time."""
-        for start in range(0, self.length, CHUNK):
-            yield self.map(start, min(CHUNK, self.length - start))
 
 
 class DataFolder:

@@ -96,9 +96,24 @@ def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
     return light
 
 
-def pack(array: Array) -> bytes:
-    """Return the bytes that ``raw_data`` holds for unpacked elements."""
-    return bytes(numpy_helper.from_array(array).raw_data)
+def pack(array: Array) -> Array:
+    """Return the bytes [n] that ``raw_data`` holds for unpacked elements, as an array of uint8.
+
+    2 and 4-bit elements, which ml_dtypes holds in a byte each, are moved together in words of 4 and 2 of them.
+    """
+    flat = np.ascontiguousarray(array).reshape(-1)
+    bits = _PACKED_BITS.get(type_name(onnx_type_of(flat.dtype)), 8)
+    if bits not in (2, 4):
+        return np.frombuffer(numpy_helper.from_array(flat).raw_data, np.uint8) if bits == 6 else flat.view(np.uint8)
+    count = 8 // bits
+    bytewise = flat.view(np.uint8)
+    if len(bytewise) % count:
+        bytewise = np.concatenate([bytewise, np.zeros(-len(bytewise) % count, np.uint8)])
+    words, mask = bytewise.view(f"<u{count}"), 2**bits - 1
+    packed = words & mask
+    for place in range(1, count):
+        packed |= (words >> (8 - bits) * place) & (mask << bits * place)
+    return packed.astype(np.uint8)
 
 
 def unpack(data: Any, tensor: TensorProto) -> Array:

@@ -7,22 +7,28 @@ name beside that one, and the model is replaced by one that reads it there.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import mmap
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import IO
 
 import onnx
 from onnx import TensorProto
 
 from ...calibrate.errors import WriteError
 from ..files import claim, put, replace_file, require_space, temporary
-from .constants import FileValues
+from . import wire
+from .constants import FileValues, Values
 from .exporter import Skeleton, skeleton
 from .model import Model
-from .protos import location_of, refer
+from .parallel import in_order
+from .protos import MAX_PROTO, location_of, refer
+from .scratch import release
 
 EXTERNAL_THRESHOLD = 3 * 2**29
 """Above this size (1.5 GiB) weights go into a data file of their own."""
@@ -51,13 +57,13 @@ def save(model: Model, path: str | Path, *, force: bool = False, external_thresh
     built = skeleton(model)
     _refuse_input(model, built, (target, data))
     limit = EXTERNAL_THRESHOLD if external_threshold is None else external_threshold
-    if built.nbytes > limit and any(_external(built.proto.graph)):
+    if built.nbytes > min(limit, MAX_PROTO) and any(_external(built.proto.graph)):
         _save_pair(built, target, data, force)
         return [data, target]
-    built.fill()
     with replace_file(target, force=force) as tmp:
+        require_space(target, built.nbytes)
         is_read = _is_read(data, target)
-        tmp.write_bytes(_serialize(built))
+        _write_whole(built, tmp)
     _remove([*_bridges(data), *([data] if is_read else [])])
     return [target]
 
@@ -88,21 +94,53 @@ def _serialize(built: Skeleton) -> bytes:
     return bytes(built.proto.SerializeToString(deterministic=True))
 
 
+class _Stream:
+    """Values one after the other into a file, read and made ahead of the writing."""
+
+    def __init__(self, values: Sequence[Values]) -> None:
+        jobs = (job for held in values for job in itertools.chain(held.jobs(), [_end]))
+        self._made = in_order(jobs)
+
+    def close(self) -> None:
+        """Stop making values."""
+        self._made.close()
+
+    def write(self, name: str, values: Values, file: IO[bytes]) -> None:
+        """Write the next values."""
+        made = itertools.takewhile(lambda chunk: chunk is not None, self._made)
+        length = sum(file.write(chunk) for chunk in made)
+        release()
+        if length != values.nbytes:
+            raise ValueError(f"weight {name!r} gave {length} bytes, its type and shape ask {values.nbytes}")
+
+
+def _end() -> None:
+    """Mark in a stream where the next values begin."""
+
+
 def _write_data(built: Skeleton, path: Path, name: str) -> None:
     """Stream the weights into ``path`` and make the skeleton's initializers refer to ``name``."""
-    with path.open("xb") as file:
-        for tensor in _external(built.proto.graph):
+    tensors = list(_external(built.proto.graph))
+    weights = [built.weights[location_of(tensor)] for tensor in tensors]
+    with path.open("xb") as file, contextlib.closing(_Stream(weights)) as stream:
+        for tensor, values in zip(tensors, weights, strict=True):
             offset = -(-file.tell() // _ALIGNMENT) * _ALIGNMENT
             file.write(bytes(offset - file.tell()))
-            values = built.weights[location_of(tensor)]
-            for chunk in values.chunks():
-                file.write(chunk)
-            length = file.tell() - offset
-            if length != values.nbytes:
-                raise ValueError(f"weight {tensor.name!r} gave {length} bytes, its type and shape ask {values.nbytes}")
-            refer(tensor, location=name, offset=offset, length=length)
+            stream.write(tensor.name, values, file)
+            refer(tensor, location=name, offset=offset, length=values.nbytes)
     # Runtimes read external data of initializers only; attributes and functions keep theirs inside.
     built.fill()
+
+
+def _write_whole(built: Skeleton, path: Path) -> None:
+    """Write the model with all weights inside; see `wire`."""
+    parts = list(wire.parts(built))
+    streamed = [part.values for part in parts if part.values is not None]
+    with path.open("xb") as file, contextlib.closing(_Stream(streamed)) as stream:
+        for part in parts:
+            file.write(part.head)
+            if part.values is not None:
+                stream.write(part.values.tensor.name, part.values, file)
 
 
 def _rename_data(built: Skeleton, name: str) -> None:
@@ -143,7 +181,10 @@ def _duplicate(source: Path, copy: Path) -> None:
 
 def _is_read(data: Path, model: Path) -> bool:
     """Whether ``data`` is what the model that is about to be replaced reads its weights from."""
-    return data.is_file() and model.is_file() and data.name.encode() in model.read_bytes()
+    if not (data.is_file() and model.is_file() and model.stat().st_size):
+        return False
+    with model.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return content.find(data.name.encode()) >= 0
 
 
 def _refuse_input(model: Model, built: Skeleton, targets: tuple[Path, Path]) -> None:

@@ -1,0 +1,84 @@
+"""A place for large arrays that are needed later: a temporary file, so that the memory they take can be reclaimed.
+
+The file has no name, so that nothing is left of it whatever happens to the process; it lies where ``TMPDIR`` says.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import threading
+import weakref
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ...calibrate.errors import WriteError
+
+Array = npt.NDArray[Any]
+
+LARGE = 2**20
+"""Arrays of fewer bytes stay in memory."""
+
+_SEGMENT = 2**28
+_PAGE = mmap.ALLOCATIONGRANULARITY
+_lock = threading.Lock()
+_maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
+
+
+class _Segment:
+    """A stretch of scratch space; it is given back to the file system with the last array that lies in it."""
+
+    def __init__(self, size: int) -> None:
+        self.file = tempfile.TemporaryFile(prefix="qpipe-", buffering=0)  # noqa: SIM115 - it lives as long as the segment
+        self.file.truncate(size)
+        self.map = mmap.mmap(self.file.fileno(), size, access=mmap.ACCESS_READ)
+        self.left = size
+        _maps.add(self.map)
+
+    def put(self, array: Array) -> Array:
+        start = len(self.map) - self.left
+        data, place = memoryview(array.reshape(-1).view(np.uint8)), start
+        while data:
+            # Written, not stored through the map: a full disk is then an error and not a signal.
+            written = os.pwrite(self.file.fileno(), data, place)
+            data, place = data[written:], place + written
+        self.left -= -(-array.nbytes // _PAGE) * _PAGE
+        return np.frombuffer(self.map, array.dtype, array.size, start).reshape(array.shape)
+
+
+_current: list[_Segment] = []
+os.register_at_fork(after_in_child=_current.clear)  # two processes must not write to the same place
+
+
+def keep(array: Array) -> Array:
+    """Return a read-only array of the same values; a large one lies in the scratch file from then on.
+
+    Raises:
+        WriteError: The scratch file cannot be written.
+    """
+    whole = np.ascontiguousarray(array).reshape(array.shape)
+    if whole.nbytes < LARGE:
+        whole = whole.view()
+        whole.flags.writeable = False
+        return whole
+    try:
+        with _lock:
+            if not _current or _current[0].left < whole.nbytes:
+                _current[:] = [_Segment(max(_SEGMENT, -(-whole.nbytes // _PAGE) * _PAGE))]
+            return _current[0].put(whole)
+    except OSError as error:
+        raise WriteError(
+            "cannot write the scratch file",
+            where=tempfile.gettempdir(),
+            found=error.strerror,
+            do="free some space there, or set TMPDIR to a folder on a disk with more",
+        ) from error
+
+
+def release() -> None:
+    """Let go of the memory that scratch arrays take at the moment; they are read again when they are needed."""
+    for mapped in list(_maps):
+        mapped.madvise(mmap.MADV_DONTNEED)

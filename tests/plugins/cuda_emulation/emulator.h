@@ -91,6 +91,7 @@ struct Grid {
     std::function<void()> body;
     std::string error;
     bool in_fiber = false;
+    uint64_t random = 1;  // for the order of warps
 };
 
 inline Grid*& grid() {
@@ -168,6 +169,7 @@ inline void pass(Gate& gate, const std::function<size_t()>& alive) {
 // Bytes at a shared address of block `rank`, checked against what the launch asked for.
 inline unsigned char* shared_at(uint32_t address, size_t bytes, int rank) {
     Block& b = grid()->cluster_blocks[rank];
+    if (b.alive == 0) stop("the shared memory of a block that has ended is used");
     if (address < kWindowStart || address + bytes > kWindowStart + b.bytes) {
         stop("shared memory address " + std::to_string(address) + " is outside the block's " +
              std::to_string(b.bytes) + " bytes");
@@ -215,19 +217,35 @@ inline void start_cluster(Grid& g, size_t shared_bytes) {
     }
 }
 
-// Run every fiber that can go on; false when none could.
+// Run one fiber if it can go on.
+inline bool step_fiber(Grid& g, Fiber& f) {
+    g.current = &f;
+    if (f.done || (f.ready && !f.ready())) return false;
+    f.ready = nullptr;
+    g.in_fiber = true;
+    swapcontext(&g.scheduler, &f.context);
+    g.in_fiber = false;
+    if (!g.error.empty()) throw std::runtime_error(g.error);
+    return true;
+}
+
+// Let every warp, in an order drawn anew, run ahead of the others as far as it can; false when none could move. That
+// shows what a barrier is missing for sooner than equal turns would.
 inline bool step_fibers(Grid& g) {
+    const size_t warps = g.fibers.size() / 32;
+    std::vector<size_t> order(warps);
+    for (size_t i = 0; i < warps; ++i) order[i] = i;
+    for (size_t i = warps; i > 1; --i) {
+        g.random = g.random * 6364136223846793005ull + 1442695040888963407ull;
+        std::swap(order[i - 1], order[(g.random >> 33) % i]);
+    }
     bool moved = false;
-    for (Fiber& f : g.fibers) {
-        if (f.done) continue;
-        g.current = &f;
-        if (f.ready && !f.ready()) continue;
-        f.ready = nullptr;
-        moved = true;
-        g.in_fiber = true;
-        swapcontext(&g.scheduler, &f.context);
-        g.in_fiber = false;
-        if (!g.error.empty()) throw std::runtime_error(g.error);
+    for (size_t warp : order) {
+        for (bool again = true; again;) {
+            again = false;
+            for (size_t lane = 0; lane < 32; ++lane) again |= step_fiber(g, g.fibers[warp * 32 + lane]);
+            moved |= again;
+        }
     }
     return moved;
 }

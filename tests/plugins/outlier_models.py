@@ -18,6 +18,7 @@ TYPES = {
     np.dtype(np.float16): TensorProto.FLOAT16,
     BFLOAT16: TensorProto.BFLOAT16,
 }
+SMALLEST_STEP = {np.dtype(np.float32): 1e-37, np.dtype(np.float16): 2.0**-25, BFLOAT16: 1e-37}
 EPSILON = {np.dtype(np.float32): 2.0**-24, np.dtype(np.float16): 2.0**-11, BFLOAT16: 2.0**-8}
 
 
@@ -53,20 +54,23 @@ class Case:
         y, new_outliers = reference(self.x, self.packed, self.bias, limit=self.limit)
         return y, int(new_outliers)
 
-    def tolerance(self) -> np.ndarray:
-        """Return how far each output may be from the exact value: float32 sums in any order, one rounding to T."""
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the exact result before it is rounded to T, and how far each output may be from it.
+
+        That is float32 sums in any order, and one rounding to T.
+        """
         count = self.packed.outlier_index.size
         rows = self.x.reshape(-1, self.x.shape[-1]).astype(np.float64)
         exact = reference(self.x.astype(np.float32), self.packed, self.bias, limit=self.limit)[0]
-        exact = np.abs(exact.reshape(len(rows), exact.shape[-1]).astype(np.float64))
+        magnitude = np.abs(exact.reshape(len(rows), exact.shape[-1]).astype(np.float64))
         outliers = np.abs(rows[:, self.packed.outlier_index])
         parts = outliers @ np.abs(self.packed.w_outlier[:, :count]).astype(np.float64).T
         bias = 0 if self.bias is None else np.abs(self.bias)
         # The integer part is at most the result plus everything else that was added to it.
-        terms = exact + 2 * (parts + bias)
-        bound = EPSILON[np.dtype(np.float32)] * (count + 5) * terms + EPSILON[self.x.dtype] * 1.01 * exact + 1e-37
-        smallest = {np.dtype(np.float16): 2.0**-25}.get(self.x.dtype, 0.0)
-        return (bound + smallest).reshape(*self.x.shape[:-1], exact.shape[-1])
+        terms = magnitude + 2 * (parts + bias)
+        sums = EPSILON[np.dtype(np.float32)] * (count + 6) * terms
+        rounding = EPSILON[self.x.dtype] * (magnitude + sums) + SMALLEST_STEP[self.x.dtype]
+        return exact, (sums + rounding).reshape(exact.shape)
 
 
 def tensor(value: np.ndarray, name: str) -> onnx.TensorProto:

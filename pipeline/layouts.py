@@ -79,7 +79,7 @@ def layout_of(node: gs.Node, shape: tuple[int, ...]) -> Layout:
     """Return the layout of the weight of a weighted operator.
 
     Args:
-        node: MatMul, Gemm, Conv or ConvTranspose.
+        node: MatMul, Gemm, Conv or ConvTranspose; or the Gather of rows of a table, which count as outputs.
         shape: Shape of its weight as it sees it.
     """
     rank = len(shape)
@@ -87,6 +87,8 @@ def layout_of(node: gs.Node, shape: tuple[int, ...]) -> Layout:
         return Layout(shape=shape, order=(0, *range(2, rank), 1), groups=int(node.attrs.get("group", 1)))
     if node.op == "ConvTranspose":
         return Layout(shape=shape, order=(1, *range(2, rank), 0), groups=int(node.attrs.get("group", 1)))
+    if node.op == "Gather":
+        return Layout(shape=shape, order=tuple(range(rank)))
     if node.op == "Gemm" and node.attrs.get("transB", 0):
         return Layout(shape=shape, order=(0, 1))
     # MatMul and Gemm store [in, out]; a stack of matrices keeps its stack among the inputs.

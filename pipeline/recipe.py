@@ -31,8 +31,9 @@ class WeightOptions(_Part):
         format: Number format, e.g. ``int8``.
         granularity: One scale per tensor, per output channel, per block of input channels, or for the whole model.
         block_size: Values per block when the granularity is ``block``.
-        symmetric: Zero point at the middle of the codes.
-        narrow_range: Leave out the lowest code, so that codes are symmetric too.
+        symmetric: Zero point at the middle of the codes; None means symmetric, except for blocks of 4 bits and less
+            where the target has zero points.
+        narrow_range: Leave out the lowest code of a symmetric signed format, so that codes are symmetric too.
         reduce_bits: Bits given up for kernels that saturate; None lets the target limit pairs of codes instead.
         algorithm: Weight algorithm that picks the codes, ``rtn`` when None.
         embeddings: Store the tables of Gather too, with one scale per row.
@@ -43,7 +44,7 @@ class WeightOptions(_Part):
     format: str = "int8"
     granularity: Literal["tensor", "channel", "block", "model"] = "channel"
     block_size: int = Field(default=32, ge=1)
-    symmetric: bool = True
+    symmetric: bool | None = None
     narrow_range: bool = True
     reduce_bits: int | None = Field(default=None, ge=0, le=7)
     algorithm: str | None = None
@@ -55,26 +56,32 @@ class WeightOptions(_Part):
         """Weight algorithm that picks the codes; one scale for the whole model leaves nothing to pick."""
         return self.algorithm or ("fixed" if self.granularity == "model" else "rtn")
 
-    def spec(self, axis: int | None, block_axis: int | None, pair_limit: int = 0) -> Spec:
+    def spec(
+        self, axis: int | None, block_axis: int | None, pair_limit: int = 0, *, has_zero_points: bool = True
+    ) -> Spec:
         """Return the `Spec` of a weight.
 
         Args:
             axis: Axis of the output channels, None where the operator allows one scale only.
-            block_axis: Axis of the input channels, which blocks run along.
+            block_axis: Axis of the input channels, which blocks run along; None where blocks cannot be had.
             pair_limit: What the target's kernels ask of int8 weights, unless the recipe gives up bits instead.
+            has_zero_points: Whether the target has zero points other than 0.
         """
         fmt, granularity = FORMATS.get(self.format), PER_TENSOR
         if (self.granularity == "block" or fmt.block_size) and block_axis is not None:
             granularity = per_block(block_axis, fmt.block_size or self.block_size)
-        elif self.granularity == "channel" and axis is not None:
+        elif self.granularity in ("channel", "block") and axis is not None:
             granularity = per_channel(axis)
+        symmetric = self.symmetric
+        if symmetric is None:
+            symmetric = not (has_zero_points and fmt.is_integer and fmt.bits <= 4 and granularity.block_size)
         return Spec(
             format=fmt,
             granularity=granularity,
-            symmetric=self.symmetric,
-            narrow_range=self.narrow_range and self.symmetric and fmt.is_integer and fmt.is_signed,
+            symmetric=symmetric,
+            narrow_range=self.narrow_range and symmetric and fmt.is_integer and fmt.is_signed,
             reduce_bits=(self.reduce_bits or 0) if fmt.is_integer else 0,
-            pair_limit=pair_limit if fmt.name == "int8" and self.reduce_bits is None and self.symmetric else 0,
+            pair_limit=pair_limit if fmt.name == "int8" and self.reduce_bits is None and symmetric else 0,
         )
 
 

@@ -25,20 +25,24 @@ class Workbench:
         graph: The main graph; changed in place.
         activations: Parameters by tensor name and spec.
         weights: Quantized weights by site.
+        accuracy_level: What MatMulNBits rounds its activations to.
         scope: The graph whose nodes are being rewritten: the main one, or a body of If, Loop or Scan.
         made: Tensors that were already inserted into `scope`, by a key that the form chooses. Each graph gets its own:
             runtimes do not fuse across the border of a body.
         constants: Constants that were already made, by a key that the form chooses; all graphs share them.
+        notes: What a user should be told.
         fresh: Gives out names that nothing in the model has yet.
     """
 
     graph: gs.Graph
     activations: Mapping[tuple[str, Spec], QParams]
     weights: Mapping[Site, QArray]
+    accuracy_level: int = 0
     scope: gs.Graph = field(init=False)
     made: dict[tuple[object, ...], gs.Tensor] = field(default_factory=dict)
     functions: dict[str, onnx.FunctionProto] = field(default_factory=dict)
     constants: dict[tuple[object, ...], gs.Constant] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     fresh: FreshNames = field(init=False)
 
     def __post_init__(self) -> None:

@@ -15,17 +15,13 @@ from ..constants import weight_of
 from ..graph import values
 from ..plan import Decision
 from . import FORMS, Workbench
+from .bias import move_bias_behind, settle_bias
 
 
 @FORMS.register("qdq")
 def insert_qdq(bench: Workbench, node: gs.Node, decisions: list[Decision]) -> None:
     """Put Q/DQ pairs on the activations of ``node``, and a DequantizeLinear behind its codes of weights."""
-    by_role = {d.site.role: d for d in decisions}
-    if "bias" in by_role and by_role["bias"].form == "int32":
-        data, weight = by_role["activation"], by_role["weight"]
-        assert data.spec is not None
-        data_params = bench.activations[data.site.tensor, data.spec]
-        _insert_bias(bench, node, by_role["bias"].site.index, data_params, bench.weights[weight.site].params)
+    bias_fits = settle_bias(bench, node, decisions)
     for decision in decisions:
         role, site = decision.site.role, decision.site
         if decision.spec is None:
@@ -38,6 +34,9 @@ def insert_qdq(bench: Workbench, node: gs.Node, decisions: list[Decision]) -> No
             key = (site.tensor, decision.spec)
             dequantized(bench, node.outputs[site.index], key, everyone=True)
             _absorb(node, bench.activations[key])
+    if not bias_fits:
+        weight = next(d.site for d in decisions if d.site.role == "weight")
+        move_bias_behind(bench, node, bench.weights[weight].q.ndim)
 
 
 def dequantized(bench: Workbench, tensor: gs.Tensor, key: tuple[str, Spec], *, everyone: bool = False) -> gs.Tensor:
@@ -89,30 +88,6 @@ def _stored(bench: Workbench, key: tuple[object, ...], real: gs.Tensor, qarray: 
     result = bench.variable(f"{name}_DequantizeLinear_Output", real)
     bench.node("DequantizeLinear", f"{name}_DequantizeLinear", [codes, scale, zero], result, _axis_attributes(qarray))
     return result
-
-
-def _insert_bias(bench: Workbench, node: gs.Node, slot: int, data: QParams, weight: QParams) -> None:
-    """Store a bias of one value per output channel as int32 with scale s_x * s_w, unless it would not fit."""
-    bias, product = weight_of(node.inputs[slot]), weight_of(node.inputs[1])
-    if bias is None or product is None or bias.shape[:-1] != (1,) * (len(bias.shape) - 1):
-        return
-    scale = np.asarray(data.scale * weight.scale, dtype=np.float32).reshape(-1)
-    channels = product.shape[weight.spec.granularity.axis] if weight.spec.granularity.axis is not None else None
-    real = bias.values().astype(np.float64).reshape(-1)
-    if channels not in (None, len(real)):
-        return  # A broadcast bias, or one scale for several channels (groups of a ConvTranspose).
-    codes = np.rint(real / scale.astype(np.float64))
-    if scale.min(initial=np.inf) < np.finfo(np.float32).tiny or np.abs(codes).max(initial=0) >= 2**31 - 1:
-        return  # A float bias is exact; the kernel it costs is cheaper than a wrong sum.
-    name = node.inputs[slot].name
-    result = bench.variable(f"{name}_DequantizeLinear_Output", node.inputs[slot])
-    result.shape = list(real.shape)
-    integers = bench.constant(f"{name}_quantized", codes.astype(np.int32), "INT32")
-    scales = bench.constant(f"{name}_scale", scale if channels else scale.reshape(()), "FLOAT")
-    bench.node(
-        "DequantizeLinear", f"{name}_DequantizeLinear", [integers, scales], result, {"axis": 0} if channels else {}
-    )
-    node.inputs[slot] = result
 
 
 def _absorb(node: gs.Node, params: QParams) -> None:

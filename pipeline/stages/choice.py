@@ -8,7 +8,9 @@ import onnx_graphsurgeon as gs
 
 from ...calibrate.errors import RecipeError
 from ...calibrate.formats import FORMATS
-from ..constants import Weight, weight_of
+from ...calibrate.granularity import per_channel
+from ...calibrate.qarray import Spec
+from ..constants import Weight, dtype_name, weight_of
 from ..layouts import layout_of
 from ..recipe import Recipe
 from ..targets import Target
@@ -27,7 +29,7 @@ def adapt(recipe: Recipe, target: Target) -> Recipe:
     """
     activations, weights = recipe.activations, recipe.weights
     wanted = (activations is not None and activations.symmetric is False) or (
-        weights is not None and not weights.symmetric
+        weights is not None and weights.symmetric is False
     )
     if wanted and not target.asymmetric:
         raise RecipeError(
@@ -112,3 +114,13 @@ def unable(node: gs.Node, weight: Weight, recipe: Recipe, target: Target) -> str
     if form == "bnb4" and (size not in BNB4_BLOCKS or inputs % size):
         return f"MatMulBnb4 needs blocks of {BNB4_BLOCKS} that divide its {inputs} inputs, not of {size}"
     return ""
+
+
+def table(node: gs.Node, recipe: Recipe) -> Spec | None:
+    """Return how the table of a Gather is stored: int8 with a scale per row; None when it is none or stays in float."""
+    if recipe.weights is None or not recipe.weights.embeddings or node.op != "Gather" or node.attrs.get("axis", 0):
+        return None
+    weight = weight_of(node.inputs[0])
+    if weight is None or len(weight.shape) != 2 or dtype_name(weight.constant) != "float32":
+        return None
+    return Spec(format=FORMATS.get("int8"), granularity=per_channel(0), narrow_range=True)

@@ -90,7 +90,12 @@ class Context:
         assert recipe.weights is not None
         is_integer_product = self.has_byte_codes(node) or self.form_for(node) == "dynamic"
         pair_limit = self.target.pair_limit if is_integer_product else 0
-        spec = recipe.weights.spec(rule.out_axis(node, rank), rule.in_axis(node, rank), pair_limit)
+        block_axis = rule.in_axis(node, rank)
+        size = FORMATS.get(recipe.weights.format).block_size or recipe.weights.block_size
+        if block_axis is not None and rank > 2 and weight.shape[block_axis] % size:
+            block_axis = None  # Blocks of a kernel position that are cut short would cost more than they gain.
+        zero_points = self.target.asymmetric
+        spec = recipe.weights.spec(rule.out_axis(node, rank), block_axis, pair_limit, has_zero_points=zero_points)
         if self.opset < PER_CHANNEL_OPSET and not spec.granularity.block_size:
             spec = dataclasses.replace(spec, granularity=PER_TENSOR)
         return _with_scale_type(spec, dtype_name(weight.constant))
@@ -118,9 +123,10 @@ class Context:
 
     def refusal(self, node: gs.Node, rule: OpRule) -> str:
         """Return why a node stays in float whatever its neighbours do, ``""`` when nothing speaks against it."""
-        return self._unwanted(node) or self._unable(node, rule)
+        return self.unwanted(node) or self._unable(node, rule)
 
-    def _unwanted(self, node: gs.Node) -> str:
+    def unwanted(self, node: gs.Node) -> str:
+        """Return why the user wants a node left alone, ``""`` when not."""
         for pattern in self.recipe.exclude:
             if matches(pattern, node):
                 return f"excluded by the pattern {pattern!r}"

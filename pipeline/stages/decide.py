@@ -58,12 +58,11 @@ class _Draft:
         """Return the decisions of one node: inputs in order, then outputs."""
         return sorted(self.decisions[node.name], key=lambda d: (d.site.role == "output", d.site.slot))
 
-    def put_weight(self, node: gs.Node, slot: int, spec: Spec, context: Context, reason: str) -> None:
-        recipe = context.recipe_for(node)
-        self.put(node, f"in{slot}", "weight", spec, reason, context.form_for(node))
-        assert recipe.weights is not None
+    def put_weight(self, node: gs.Node, slot: int, spec: Spec, reason: str, how: tuple[str, str]) -> None:
+        """Decide a weight; ``how`` is its form and its algorithm."""
+        self.put(node, f"in{slot}", "weight", spec, reason, how[0])
         entries = self.decisions[node.name]
-        entries[-1] = replace(entries[-1], algorithm=recipe.weights.method)
+        entries[-1] = replace(entries[-1], algorithm=how[1])
 
 
 def decide(
@@ -193,6 +192,10 @@ def _decide_node(node: gs.Node, context: Context, draft: _Draft, regions: Region
         return f"no rule for {f'{domain}::' if domain else ''}{node.op}: it is left as it is"
     if rule.kind == "float":
         return rule.reason
+    table = choice.table(node, context.recipe_for(node))
+    if table is not None and not context.unwanted(node):
+        draft.put_weight(node, 0, table, "rows of the table that are looked up become real", ("lookup", "rtn"))
+        return ""
     refusal = context.refusal(node, rule)
     if refusal:
         return refusal
@@ -228,7 +231,7 @@ def _weighted(node: gs.Node, rule: OpRule, context: Context, draft: _Draft, regi
     reason = "weight of a quantized operator"
     if context.opset < PER_CHANNEL_OPSET and recipe.weights.granularity == "channel":
         reason += f"; one scale per tensor, for opset {context.opset} has none per channel (qpipe quantize --upgrade)"
-    draft.put_weight(node, rule.weight, spec, context, reason)
+    draft.put_weight(node, rule.weight, spec, reason, (context.form_for(node), recipe.weights.method))
     if rule.bias is not None and rule.bias < len(node.inputs) and weight_of(node.inputs[rule.bias]) is not None:
         _bias(node, rule.bias, context, draft)
     return ""

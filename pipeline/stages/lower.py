@@ -16,6 +16,8 @@ from .context import PER_CHANNEL_OPSET
 from .upgrade import move_opset
 
 BLOCKED_OPSET = 21
+OPSET_OF_FORM = {"dynamic": 11, "nbits": 10, "bnb4": 10, "lookup": 10, "outlier": 15}
+"""Opset of the operators of a form that stores codes as plain bytes; others need what their number types need."""
 IR_OF_OPSET = {10: 5, 11: 6, 12: 7, 13: 7, 15: 8, 19: 9, 21: 10, 23: 11, 24: 12, 25: 13}
 """IR version that came with an opset (ONNX, Versioning); a newer one would shut out older runtimes for nothing."""
 _WEIGHTS_AS_INPUTS_IR = 3
@@ -26,8 +28,8 @@ _LOG = logging.getLogger(__name__)
 
 def needed_opset(plan: Plan, start: int) -> int:
     """Return the lowest opset, not below ``start``, that can express what a plan stores."""
-    level = start
-    for spec in [d.spec for d in plan.quantized() if d.spec is not None]:
+    level = max([start, *(OPSET_OF_FORM.get(d.form, start) for d in plan.quantized())])
+    for spec in [d.spec for d in plan.quantized() if d.spec is not None and d.form not in OPSET_OF_FORM]:
         level = max(level, spec.format.min_opset)
         if spec.granularity.axis is not None:
             level = max(level, PER_CHANNEL_OPSET)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ...calibrate.equalize import EQUALIZERS
 from ...calibrate.errors import ModelError
 from ...calibrate.qarray import QArray
 from ...calibrate.weights import WEIGHT_METHODS
@@ -13,13 +14,14 @@ from ..graph import Model, all_graphs
 from ..plan import Plan, Site
 from ..recipe import Recipe
 from ..statistics import with_constants, with_moved
+from ..targets import TARGETS
 from .decide import decide
 from .insert import insert
 from .lower import lower, needed_opset
 from .prepare import prepare
 from .solve import Key, Solved, solve
 from .upgrade import move_opset
-from .weights import quantize_weights, settle_nonfinite
+from .weights import quantize_weights, settle_global, settle_nonfinite
 
 QUANTIZED_OPS = frozenset(
     {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "MatMulInteger"}
@@ -36,12 +38,14 @@ class Quantized:
         plan: What was decided.
         activations: Ranges and scales of activations.
         weights: Codes of weights.
+        notes: What could not be seen before the numbers were there, and a user should know.
     """
 
     model: Model
     plan: Plan
     activations: dict[Key, Solved]
     weights: dict[Site, QArray]
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +80,8 @@ def _needs(recipe: Recipe) -> set[str]:
     needs = {"channels"} if recipe.form == "outlier" else set()
     if recipe.weights is not None and recipe.weights.algorithm:
         needs |= WEIGHT_METHODS.resolve(recipe.weights.algorithm).needs
+    if recipe.equalize:
+        needs |= EQUALIZERS.resolve(recipe.equalize).needs
     return needs
 
 
@@ -108,14 +114,25 @@ def quantize_model(
     if needed_opset(plan, model.opset) > model.opset:
         model = prepare(move_opset(model, needed_opset(plan, model.opset)))
         plan = decide(model.graph, recipe, calibration, model_hash, model.functions)
-    plan = settle_nonfinite(model.graph, plan, skip=options.skip_nonfinite)
+    plan = settle_global(model.graph, settle_nonfinite(model.graph, plan, skip=options.skip_nonfinite))
     calibration = with_constants(model.graph, plan, calibration) if calibration is not None else None
     activations = solve(plan, calibration, recipe.method)
     weights = quantize_weights(model.graph, plan, calibration)
-    bench = Workbench(graph=model.graph, activations={key: s.params for key, s in activations.items()}, weights=weights)
+    bench = Workbench(
+        graph=model.graph,
+        activations={key: s.params for key, s in activations.items()},
+        weights=weights,
+        accuracy_level=_accuracy_level(recipe),
+    )
     insert(plan, bench)
     _add_functions(model, bench)
-    return Quantized(model=lower(model, plan, recipe), plan=plan, activations=activations, weights=weights)
+    lowered = lower(model, plan, recipe)
+    return Quantized(model=lowered, plan=plan, activations=activations, weights=weights, notes=tuple(bench.notes))
+
+
+def _accuracy_level(recipe: Recipe) -> int:
+    given = recipe.weights.accuracy_level if recipe.weights is not None else None
+    return TARGETS.get(recipe.target).accuracy_level if given is None else given
 
 
 def _add_functions(model: Model, bench: Workbench) -> None:

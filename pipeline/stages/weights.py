@@ -1,9 +1,17 @@
-"""Weights: the plan's weight sites become codes, one array at a time."""
+"""Weights: the plan's weight sites become codes, and no more than one weight is in memory at a time.
+
+How much of it depends on the algorithm. Where the scales say everything about the codes, codes are made while the model
+is saved, region by region. Where each output channel is quantized for itself, scales are found for a strip of them at a
+time, on all cores. What is left needs the whole weight. Results that are large wait in the scratch file.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,19 +19,89 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from ...calibrate.errors import ModelError
-from ...calibrate.qarray import QArray, Spec
+from ...calibrate.granularity import PER_TENSOR
+from ...calibrate.qarray import QArray, QParams, Range, Spec, params_from_range
 from ...calibrate.stats.gram import Gram
 from ...calibrate.weights import WEIGHT_METHODS, WeightMethod, WeightStats
 from ..calibration import Calibration
 from ..constants import Weight, weight_of
+from ..extents import Extent, extent_jobs, reader_of, widened
 from ..graph import all_graphs
+from ..graph.lazy import Region, regions
+from ..graph.parallel import in_order
+from ..graph.scratch import keep
 from ..layouts import Layout, layout_of
 from ..plan import Decision, Plan, Site
+from ..streaming import in_strips, kept, lazy_codes
 
 Array = npt.NDArray[Any]
+Key = tuple[str, Spec | None, str]
+
+ROUNDING = frozenset({"rtn", "rtn_mse", "hqq", "fixed"})
+"""Algorithms that round to the nearest code: their scales say everything."""
+STRIPS = frozenset({"rtn", "rtn_mse", "hqq"})
+"""Algorithms that quantize each output channel for itself, given a scale per channel or per block."""
 
 
-def quantize_weights(graph: gs.Graph, plan: Plan, calibration: Calibration | None = None) -> dict[Site, QArray]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surveyed:
+    """What one pass over a weight tells.
+
+    Attributes:
+        is_finite: Whether all its values are.
+        amax: Largest magnitude.
+        params: Scales that hold the smallest and the largest value, where its algorithm asks for no others.
+    """
+
+    is_finite: bool
+    amax: float
+    params: QParams | None
+
+
+def survey_weights(graph: gs.Graph, plan: Plan) -> dict[Key, Surveyed]:
+    """Look once at all weights of a plan, on all cores, and return what was found by `key_of`."""
+    weights = {key_of(decision, weight): (decision, weight) for decision, weight in _weights(graph, plan)}
+    extents: dict[Key, Extent] = {}
+
+    def jobs() -> Iterator[Callable[[], tuple[Key, Region, Array, Array]]]:
+        for key, (decision, weight) in weights.items():
+            granularity = decision.spec.granularity if decision.spec and _by_extent(decision) else PER_TENSOR
+            extents[key] = Extent.empty(weight.shape, granularity)
+            for job in extent_jobs(weight, granularity):
+                yield partial(lambda key, job: (key, *job()), key, job)
+
+    found: dict[Key, Surveyed] = {}
+    for key, parts in itertools.groupby(in_order(jobs()), key=lambda part: part[0]):
+        for _, *part in parts:
+            extents[key].add(*part)
+        found[key] = _surveyed(weights[key][0], extents.pop(key))
+    return found | {key: _surveyed(weights[key][0], extent) for key, extent in extents.items()}
+
+
+def key_of(decision: Decision, weight: Weight) -> Key:
+    """Return what stands for the codes of a weight, unless its algorithm looks at its input."""
+    return weight.key, decision.spec, decision.algorithm
+
+
+def _by_extent(decision: Decision) -> bool:
+    """Whether smallest and largest values are all that the scales of a weight depend on."""
+    limited = decision.spec is not None and decision.spec.pair_limit
+    return decision.algorithm == "rtn" and decision.form != "outlier" and not limited
+
+
+def _surveyed(decision: Decision, extent: Extent) -> Surveyed:
+    params = None
+    if extent.is_finite and decision.spec is not None and _by_extent(decision):
+        params = kept(params_from_range(Range.of(extent.lo, extent.hi), decision.spec))
+    return Surveyed(is_finite=extent.is_finite, amax=extent.amax, params=params)
+
+
+def quantize_weights(
+    graph: gs.Graph,
+    plan: Plan,
+    calibration: Calibration | None = None,
+    survey: Mapping[Key, Surveyed] | None = None,
+) -> dict[Site, QArray]:
     """Quantize every weight that the plan names, one at a time.
 
     A weight with two users of the same spec is quantized once, unless its algorithm looks at their inputs.
@@ -32,27 +110,56 @@ def quantize_weights(graph: gs.Graph, plan: Plan, calibration: Calibration | Non
         graph: The float graph.
         plan: What was decided; names the algorithm of each weight.
         calibration: Statistics of inputs, for algorithms that need them.
+        survey: What `survey_weights` found; None looks at the weights again.
+
+    Returns:
+        Codes and parameters by site. Codes may be a `Lazy` array, which is made when it is read.
 
     Raises:
         DataError: An algorithm needs statistics that were not collected.
     """
     nodes = {node.name: node for inner in all_graphs(graph) for node in inner.nodes}
-    cache: dict[tuple[str, Spec, str, str], QArray] = {}
+    known = survey_weights(graph, plan) if survey is None else survey
+    cache: dict[tuple[Key, str], QArray] = {}
     result: dict[Site, QArray] = {}
     for decision, weight in _weights(graph, plan):
         if decision.form == "outlier":  # that form splits the weight itself
             continue
-        assert decision.spec is not None
-        node = nodes[decision.site.node]
-        method = WEIGHT_METHODS.resolve(decision.algorithm)
-        source = node.inputs[0].name if method.needs else ""
-        key = (weight.key, decision.spec, decision.algorithm, source)
-        if key not in cache:
+        node, key = nodes[decision.site.node], key_of(decision, weight)
+        source = node.inputs[0].name if WEIGHT_METHODS.resolve(decision.algorithm).needs else ""
+        if (key, source) not in cache:
             layout = layout_of(node, weight.shape)
             stats = layer_stats(layout, calibration, node.inputs[0].name)
-            cache[key] = quantize_layer(weight.values(), decision.spec, layout, method, stats)
-        result[decision.site] = cache[key]
+            surveyed = known.get(key)
+            params = surveyed.params if surveyed is not None else None
+            cache[key, source] = _quantized(weight, decision, layout, stats, params)
+        result[decision.site] = cache[key, source]
     return result
+
+
+def _quantized(
+    weight: Weight, decision: Decision, layout: Layout, stats: WeightStats | None, params: QParams | None
+) -> QArray:
+    """Quantize one weight, with ``params`` if they are known, holding as little of it as its algorithm allows."""
+    spec, name = decision.spec, decision.algorithm.partition(":")[0]
+    assert spec is not None
+    if params is None:
+        rounds = name in ROUNDING and not spec.pair_limit
+        quantizer = partial(quantize_layer, method=WEIGHT_METHODS.resolve(decision.algorithm), stats=stats)
+        if name in STRIPS and _has_own_channels(spec, layout) and 0 not in weight.shape:
+            codes = None if rounds else np.empty(weight.shape, spec.format.dtype)
+            params = kept(in_strips(weight, spec, layout, quantizer, codes))
+        else:
+            found = quantizer(weight.values(), spec, layout)
+            codes, params = found.q, kept(found.params)
+        if not rounds:
+            return QArray(q=keep(codes), params=params)
+    return QArray(q=lazy_codes(weight, params), params=params)  # type: ignore[arg-type]
+
+
+def _has_own_channels(spec: Spec, layout: Layout) -> bool:
+    """Whether no scale serves two output channels."""
+    return spec.granularity.axis is not None and spec.format.scale_levels < 2 and layout.groups == 1
 
 
 def quantize_layer(
@@ -91,30 +198,54 @@ def layer_stats(layout: Layout, calibration: Calibration | None, tensor: str) ->
     return WeightStats(gram=gram, channels=channels)
 
 
-def settle_nonfinite(graph: gs.Graph, plan: Plan, *, skip: bool) -> Plan:
+def settle_nonfinite(graph: gs.Graph, plan: Plan, *, skip: bool, survey: Mapping[Key, Surveyed] | None = None) -> Plan:
     """Return the plan without the layers whose weights are not finite.
 
     Args:
         graph: The float graph.
         plan: What was decided without looking at values.
         skip: Leave such layers in float; otherwise the first one is an error.
+        survey: What `survey_weights` found; None looks at the weights again.
 
     Raises:
         ModelError: A weight holds NaN or infinity, and ``skip`` is not set.
     """
+    known = survey_weights(graph, plan) if survey is None else survey
     bad: dict[str, str] = {}
     for decision, weight in _weights(graph, plan):
-        array = weight.values()
-        count = int(array.size - np.isfinite(array.astype(np.float32, copy=False)).sum())
-        if count and not skip:
-            raise _not_finite(weight, count, array.size)
-        if count:
-            bad[decision.site.node] = f"{count} values of its weight {weight.constant.name!r} are not finite"
+        if known[key_of(decision, weight)].is_finite:
+            continue
+        count = _nonfinite(weight)
+        if not skip:
+            raise _not_finite(weight, count, int(np.prod(weight.shape)))
+        bad[decision.site.node] = f"{count} values of its weight {weight.constant.name!r} are not finite"
     kept = tuple(
         dataclasses.replace(d, spec=None, form="qdq", reason=bad[d.site.node]) if d.site.node in bad else d
         for d in plan.decisions
     )
     return dataclasses.replace(plan, decisions=kept)
+
+
+def settle_global(graph: gs.Graph, plan: Plan, survey: Mapping[Key, Surveyed] | None = None) -> Plan:
+    """Return the plan with the one range of those weights that share a scale throughout the model written out.
+
+    Args:
+        graph: The float graph.
+        plan: Names the algorithm ``fixed``, without a range, for such weights.
+        survey: What `survey_weights` found; None looks at the weights again.
+    """
+    sharing = [(d, weight) for d, weight in _weights(graph, plan) if d.algorithm == "fixed"]
+    if not sharing:
+        return plan
+    known = survey_weights(graph, plan) if survey is None else survey
+    amax = max(known[key_of(d, weight)].amax for d, weight in sharing)
+    settled = {d.site: dataclasses.replace(d, algorithm=f"fixed:{amax!r}") for d, _ in sharing}
+    return dataclasses.replace(plan, decisions=tuple(settled.get(d.site, d) for d in plan.decisions))
+
+
+def _nonfinite(weight: Weight) -> int:
+    reader = reader_of(weight)
+    return sum(int((~np.isfinite(widened(reader(region)))).sum()) for region in regions(weight.shape))
 
 
 def _weights(graph: gs.Graph, plan: Plan) -> Iterator[tuple[Decision, Weight]]:

@@ -116,11 +116,11 @@ inline std::vector<Plan> plans_for(const Shape& shape, const Device& device) {
     std::vector<Plan> plans{choose_plan(shape, device)};
     if (shape.m == 0 || shape.n == 0) return plans;
     Device older = device;
-    older.capability = 80;
+    older.wgmma = 0;
     for (const Device& d : {device, older}) {
         const Candidates all = candidates(shape, d);
         plans.insert(plans.end(), all.plan, all.plan + all.count);
-        if (!has_wgmma(device.capability)) break;
+        if (device.wgmma == 0) break;
     }
     return plans;
 }

@@ -20,7 +20,7 @@ OrtStatus* check(cudaError_t error) {
     return error == cudaSuccess ? nullptr : fail("RangeStats on CUDA: %s", cudaGetErrorString(error));
 }
 
-cudaError_t prepare_kernels(const Device&) {
+cudaError_t prepare_kernels(Device&) {
     constexpr int kBytes = static_cast<int>(kCountSharedBytes);
     QPIPE_RETURN_IF_CUDA(allow_shared(reinterpret_cast<const void*>(&count_kernel<float>), kBytes));
     QPIPE_RETURN_IF_CUDA(allow_shared(reinterpret_cast<const void*>(&count_kernel<Half>), kBytes));

@@ -43,7 +43,7 @@ class Plan(c.Structure):
 class Device(c.Structure):
     """Mirror of plan.cuh."""
 
-    _fields_ = [(name, c.c_int32) for name in ("capability", "multiprocessors", "shared_bytes")]
+    _fields_ = [(name, c.c_int32) for name in ("capability", "multiprocessors", "shared_bytes", "wgmma")]
 
 
 class Shape(c.Structure):

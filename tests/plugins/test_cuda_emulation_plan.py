@@ -14,7 +14,7 @@ from qpipe.calibrate.errors import UnsupportedError
 from qpipe.calibrate.stats.histogram import Histogram
 from qpipe.plugins.range_stats.device import attach, empty_state, histogram_of
 
-H200 = ce.Device(90, 132, 232448)
+H200 = ce.Device(90, 132, 232448, 1)
 A100 = ce.Device(80, 108, 166912)
 L40 = ce.Device(89, 142, 101376)
 SHAPES = [(4096, 4096), (4096, 11008), (11008, 4096), (8192, 28672), (384, 1536), (1024, 1000)]  # K, N
@@ -67,6 +67,10 @@ def test_an_estimate_never_jumps_down_as_rows_are_added(emulation: ce.Emulation)
     for k, n in SHAPES:
         costs = [emulation.choose(ce.Shape(m, n, k, 16, 2), H200).cost for m in range(9, 2049, 7)]
         assert all(later >= earlier * 0.999 for earlier, later in itertools.pairwise(costs))
+
+
+def test_a_library_without_sm_90a_code_plans_no_wgmma(emulation: ce.Emulation) -> None:
+    assert emulation.choose(ce.Shape(512, 4096, 4096, 16, 2), ce.Device(90, 132, 232448, 0)).path == ce.MMA
 
 
 def test_nothing_is_planned_for_an_empty_output(emulation: ce.Emulation) -> None:

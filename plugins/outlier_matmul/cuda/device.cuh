@@ -13,6 +13,7 @@ struct Device {
     int capability = 0;  // 10 * major + minor
     int multiprocessors = 0;
     int shared_bytes = 0;  // most that one block may ask for
+    int wgmma = 0;         // 1: code made for sm_90a is there and runs
 };
 
 #if defined(__CUDACC__)
@@ -37,7 +38,7 @@ inline cudaError_t read_device(int id, Device& d) {
 }
 
 // Facts of the current device. Asked for once per device and `prepare`, which is called with them then; any thread.
-template <cudaError_t (*prepare)(const Device&)>
+template <cudaError_t (*prepare)(Device&)>
 cudaError_t current_device(const Device*& device) {
     constexpr int kMostDevices = 64;
     static Device devices[kMostDevices];

@@ -55,7 +55,7 @@ cudaError_t allow_shared_memory(const Device& d) {
         const Compiled kernel = mma_kernel<T>(tile, has_int8_rate(d.capability));
         QPIPE_RETURN_IF_CUDA(allow_shared(kernel.function, kernel.shared_bytes));
     }
-    for (int tile = 0; has_wgmma(d.capability) && tile < kWgmmaTileCount; ++tile) {
+    for (int tile = 0; d.wgmma != 0 && tile < kWgmmaTileCount; ++tile) {
         const Compiled kernel = wgmma_kernel<T>(tile);
         QPIPE_RETURN_IF_CUDA(allow_shared(kernel.function, kernel.shared_bytes));
     }
@@ -63,7 +63,11 @@ cudaError_t allow_shared_memory(const Device& d) {
 }
 
 // `prepare` of current_device: kernel attributes are set there, never in a run.
-inline cudaError_t prepare_kernels(const Device& d) {
+inline cudaError_t prepare_kernels(Device& d) {
+    cudaFuncAttributes facts{};
+    QPIPE_RETURN_IF_CUDA(cudaFuncGetAttributes(&facts, wgmma_kernel<Half>(0).function));
+    // In code for other chips the wgmma kernels are empty, and no kernel waits for an early launch's forerunner.
+    d.wgmma = d.capability == 90 && facts.binaryVersion == 90;
     QPIPE_RETURN_IF_CUDA(allow_shared_memory<Half>(d));
     QPIPE_RETURN_IF_CUDA(allow_shared_memory<BFloat16>(d));
     return allow_shared_memory<float>(d);
@@ -140,8 +144,8 @@ cudaError_t launch_wgmma(const Operands& op, const QuantizedRows& rows, const Pl
 template <class T>
 cudaError_t launch_mma(Operands op, QuantizedRows rows, const Plan& plan, const Device& d, cudaStream_t stream) {
     void* arguments[] = {&op, &rows};
-    return launch_after(mma_kernel<T>(plan.tile, has_int8_rate(d.capability)), plan.blocks, 1, d.capability >= 90,
-                        arguments, stream);
+    return launch_after(mma_kernel<T>(plan.tile, has_int8_rate(d.capability)), plan.blocks, 1, d.wgmma != 0, arguments,
+                        stream);
 }
 
 // Scratch memory that a plan needs.

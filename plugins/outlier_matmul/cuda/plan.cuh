@@ -58,8 +58,6 @@ QPIPE_BOTH bool has_int8_rate(int capability) {
     return (capability >= 80 && capability < 103) || (capability >= 120 && capability < 130);
 }
 
-QPIPE_BOTH bool has_wgmma(int capability) { return capability == 90; }
-
 // Estimated clocks of one candidate.
 inline double estimate(const Shape& s, const Device& d, const TileFacts& tile, Share share, int cluster) {
     const double tiles_m = static_cast<double>(ceil_div<int64_t>(s.m, tile.bm));
@@ -105,7 +103,7 @@ struct Candidates {
 // Everything that could run this shape with M > 8 rows (or fewer, when X does not fit into shared memory).
 inline Candidates candidates(const Shape& s, const Device& d) {
     Candidates all;
-    if (!has_wgmma(d.capability)) {
+    if (d.wgmma == 0) {
         for (int t = 0; t < kMmaTileCount; ++t) all.add(Path::kMma, t, Share::kNothing, 1, s, d, kMmaTiles[t]);
         return all;
     }

@@ -74,10 +74,6 @@ QPIPE_DEVICE void tensor_copy_multicast(uint32_t shared, const CUtensorMap* map,
         : "memory");
 }
 
-QPIPE_DEVICE void prefetch_tensor_map(const CUtensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
 // Clusters.
 
 QPIPE_DEVICE void cluster_sync() {

@@ -28,7 +28,7 @@ namespace qpipe::ptx {
     "%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112," \
     "%113,%114,%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
-// d[64 x 2 * count / ...] += x * w^T; x and w are descriptors of swizzled K-major tiles (see gemm_wgmma.cuh).
+// d[64 x N] += x[64 x 32 bytes] * w[N x 32 bytes]^T, N = 2 * count; x and w are descriptors (tile_descriptor).
 #define QPIPE_WGMMA(name, type, count, letter, shape, places, first, second, flags)              \
     QPIPE_DEVICE void name(type(&d)[count], uint64_t x, uint64_t w) {                            \
         asm volatile("wgmma.mma_async.sync.aligned." shape " {" places "}, " first ", " second ", 1" flags ";" \

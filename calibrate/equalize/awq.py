@@ -28,8 +28,8 @@ _ROUNDING = RtnMse(candidates=8)
 class Awq:
     """What: ``s_j = mean(|x_j|)^alpha``, with the alpha whose rounded weights give the smallest output error.
 
-    When to use: weights of 4 bits and fewer with float activations. Follow it with the weight method ``awq_clip``; for
-        GPTQ, which compensates by itself, it gains next to nothing.
+    When to use: weights of 4 bits and fewer with float activations. Follow it with the weight method ``awq_clip``, or
+        with ``gptq`` where some channels stick out; among equal channels GPTQ gains nothing by it.
     Options: alpha, to skip the search over 0 to 1 in steps of 0.1.
     Source: Lin et al., "AWQ: activation-aware weight quantization for LLM compression and acceleration", section 3.2
         (2023).

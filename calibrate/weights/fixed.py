@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from ..qarray import QArray, Range, Spec, params_from_range, quantize
 from . import WEIGHT_METHODS, WeightStats
+from .pairs import limit_pairs
 
 Array = npt.NDArray[Any]
 
@@ -36,7 +37,10 @@ class Fixed:
         amax = self.amax or float(np.abs(w).max(initial=0.0))
         shape = spec.granularity.scale_shape(w.shape)
         rng = Range.of(np.full(shape, -amax), np.full(shape, amax))
-        return quantize(w, params_from_range(rng, spec))
+        rounded = quantize(w, params_from_range(rng, spec))
+        if not spec.pair_limit:
+            return rounded
+        return QArray(q=limit_pairs(rounded.q, spec.pair_limit), params=rounded.params)
 
 
 WEIGHT_METHODS.add("fixed", Fixed())

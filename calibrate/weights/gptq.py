@@ -35,15 +35,17 @@ class Gptq:
     Scales are searched with the squared error of each column weighted by ``1 / R_kk²``, which is what that error costs
     at the output once the later columns have made up for it.
 
-    When to use: 2 to 4 bits with calibration data: some thousand tokens, and at least twice as many as ``in``.
-    Options: damping, share of the mean diagonal that is added to XᵀX; act_order, columns with the most energy first,
-        all scales being chosen beforehand ("static groups"). Without it columns go in their own order, and the scale
-        of a block is chosen when its turn comes, from the columns as updated so far.
+    When to use: 2 to 4 bits with calibration data: some thousand tokens, and at least twice as many as ``in``. Where a
+        few channels of x stick out, equalize first (``awq`` or ``smoothquant``).
+    Options: damping, share of the energy of each channel that is added to it (the paper adds a share of the mean, so
+        that one outlier channel drowns all others, and results depend on how channels are scaled); act_order, columns
+        with the most energy first, all scales being chosen beforehand ("static groups"). Without it columns go in
+        their own order, and the scale of a block is chosen when its turn comes, from the columns as updated so far.
     Source: Frantar et al., "GPTQ: accurate post-training quantization for generative pre-trained transformers",
         algorithm 1 (2022).
     """
 
-    damping: float = 0.01
+    damping: float = 0.05
     act_order: bool = True
 
     needs: ClassVar[frozenset[str]] = frozenset({"gram"})
@@ -141,7 +143,7 @@ class _Columns:
 
 
 def damped(gram: Gram, damping: float) -> F64:
-    """Return ``XᵀX / tokens`` [n, n] plus ``damping`` times its mean diagonal, ready to be factored.
+    """Return ``XᵀX / tokens`` [n, n] plus ``damping`` times its diagonal, ready to be factored.
 
     An input that was always zero says nothing about its column: it gets the mean energy, meets no other column, and
     so its weights are rounded to nearest (zeroing them would change the model on inputs that calibration missed).
@@ -150,7 +152,7 @@ def damped(gram: Gram, damping: float) -> F64:
     energy = np.diag(hessian)
     dead = energy <= 0
     mean = float(energy[~dead].mean()) if not dead.all() else 1.0
-    hessian[np.diag_indices(len(hessian))] += np.where(dead, mean, 0) + damping * mean
+    hessian[np.diag_indices(len(hessian))] += np.where(dead, mean, damping * energy)
     return hessian
 
 

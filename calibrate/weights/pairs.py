@@ -27,7 +27,7 @@ PAIR_LIMIT = 128
 """Largest ``|w0| + |w1|`` of one sign with ``255 * sum <= 32767``."""
 
 _GROWTH = np.linspace(1.0, 2.0, 21)
-"""Scales tried, over the one that just holds the largest weight; at 2 all codes are within 64, and no pair gives way."""
+"""Scales tried, over the one that holds the largest weight; at 2 all codes are within 64, and no pair gives way."""
 
 
 def limit_pairs(codes: Array, limit: int) -> Array:
@@ -78,7 +78,7 @@ def _error(w: Array, qarray: QArray, importance: Array) -> Array:
     """Return the weighted squared error per scale: [out, 1], or [] for one scale."""
     difference = qarray.q * qarray.params.scale.astype(np.float64) - w
     per_channel = np.square(difference) @ importance
-    return per_channel.sum() if qarray.params.scale.ndim == 0 else per_channel[:, None]
+    return np.asarray(per_channel.sum() if qarray.params.scale.ndim == 0 else per_channel[:, None])
 
 
 def _choose(better: Array, trial: QArray, best: QArray) -> QArray:

@@ -38,7 +38,7 @@ class Quantease:
     Source: Behdin et al., "QuantEase: optimization-based quantization for language models", algorithm 1 (2023).
     """
 
-    damping: float = 0.01
+    damping: float = 0.05
     act_order: bool = True
     sweeps: int = 2
 

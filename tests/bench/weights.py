@@ -27,7 +27,7 @@ from qpipe.calibrate.stats.gram import Gram
 from qpipe.calibrate.weights import WEIGHT_METHODS, WeightStats, output_mse
 
 SPECS = ("int8", "int4:32", "uint4:32:asym", "int4", "int2:32", "nvfp4:16")
-METHODS = ("rtn", "rtn_mse", "hqq", "awq_clip", "awq+awq_clip", "gptq", "quantease")
+METHODS = ("rtn", "rtn_mse", "hqq", "awq_clip", "awq+awq_clip", "gptq", "awq+gptq", "quantease")
 WEIGHTS = ("gauss", "laplace", "student")
 INPUTS = ("independent", "correlated", "outliers")
 

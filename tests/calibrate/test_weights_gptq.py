@@ -97,7 +97,7 @@ def test_halving_does_what_column_by_column_does(channels, block, fmt):
     granularity = per_block(1, block) if block else per_channel(0)
     spec = Spec(format=FORMATS.get(fmt), granularity=granularity, symmetric=fmt == "int4")
     ours = Gptq(act_order=False)(w, spec, WeightStats(gram=gram))
-    values, scale = naive(w, spec, gram, 0.01, late=True)
+    values, scale = naive(w, spec, gram, 0.05, late=True)
     np.testing.assert_allclose(ours.params.scale, scale, rtol=1e-5)
     assert np.isclose(dequantize(ours), values, rtol=1e-4, atol=1e-6).mean() > 0.999
 
@@ -106,9 +106,19 @@ def test_blocks_read_updated_columns_not_the_original_ones():
     w, stats, _ = layer()
     spec = SPECS["int4 block"]
     ours = Gptq(act_order=False)(w, spec, stats)
-    early = params_from_range(mse_range(w, spec, 1 / np.diag(inverse_factor(damped(stats.gram, 0.01))) ** 2), spec)
+    early = params_from_range(mse_range(w, spec, 1 / np.diag(inverse_factor(damped(stats.gram, 0.05))) ** 2), spec)
     np.testing.assert_array_equal(ours.params.scale[:, 0], early.scale[:, 0])
     assert not np.isclose(ours.params.scale[:, 1:], early.scale[:, 1:]).all(axis=1).any()
+
+
+def test_how_channels_are_scaled_does_not_matter():
+    """With a scale per input the codes of w s and x / s are those of w and x, damping included."""
+    w, stats, _ = layer()
+    s = 2.0 ** np.random.default_rng(9).integers(-5, 6, 64).astype(np.float32)
+    spec = SPECS["int4 per input"]
+    ours, scaled = (Gptq(act_order=False)(w * by, spec, stats.scaled(by)) for by in (np.ones(64, np.float32), s))
+    assert (ours.q == scaled.q).mean() > 0.999
+    np.testing.assert_allclose(scaled.params.scale, ours.params.scale * s, rtol=1e-6)
 
 
 def test_act_order_is_the_natural_order_of_the_sorted_layer():

@@ -33,13 +33,15 @@ def regions(shape: tuple[int, ...], limit: int = REGION, multiple: int = 8) -> I
         limit: Elements per region, more where rows are long.
         multiple: Regions begin at multiples of it along the axis that is cut; of 8, so that they fill whole bytes.
     """
+    if 0 in shape:
+        return
     axis = 0
     while axis < len(shape) - 1 and (inner := math.prod(shape[axis + 1 :])) > limit and inner % 8 == 0:
         axis += 1
     if not shape:
         yield ()
         return
-    step = max(1, limit // max(1, math.prod(shape[axis + 1 :])) // multiple) * multiple
+    step = max(1, limit // math.prod(shape[axis + 1 :]) // multiple) * multiple
     rest = tuple(slice(0, size) for size in shape[axis + 1 :])
     for index in itertools.product(*map(range, shape[:axis])):
         before = tuple(slice(i, i + 1) for i in index)

@@ -1,0 +1,207 @@
+"""Weights read region by region: their values, and the smallest and largest of them, without holding a whole weight.
+
+Letters: ``d0 .. dn`` are the dimensions of a weight as its operator sees it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..calibrate.granularity import Granularity
+from .constants import Weight
+from .graph.constants import FileValues, stored
+from .graph.lazy import Reader, Region, regions
+from .graph.protos import is_packed
+
+Array = npt.NDArray[Any]
+F32 = npt.NDArray[np.float32]
+
+_WINDOW = 2**25
+"""Bytes of a file that are mapped at a time where a region is scattered over it."""
+
+
+def reader_of(weight: Weight) -> Reader:
+    """Return a function that reads regions of a weight, in its own type.
+
+    A region that lies in one piece of a data file is read into memory of its own; one that does not is gathered from
+    windows of the file. A weight in the model file is unpacked once, and held as long as the reader.
+    """
+    held = stored(weight.constant)
+    if not isinstance(held, FileValues) or is_packed(held.tensor.data_type):
+        array = weight.values()
+        return lambda region: array[region]
+    in_order = all(kind == "R" for kind, _ in weight.steps)
+
+    def read(region: Region) -> Array:
+        place = _piece(weight.shape, region) if in_order else None
+        if place is None:
+            return _gather(weight, region)
+        first, count = place
+        width = held.dtype.itemsize
+        data = held.source.read(first * width, count * width)
+        return np.frombuffer(data, held.dtype).reshape([part.stop - part.start for part in region])
+
+    return read
+
+
+def _piece(shape: tuple[int, ...], region: Region) -> tuple[int, int] | None:
+    """Return first element and number of elements of a region that lies in one piece in memory, None for another."""
+    first, count, inner = 0, 1, 1
+    for size, part in zip(reversed(shape), reversed(region), strict=True):
+        if part.stop - part.start > 1 and count != inner:
+            return None
+        first += part.start * inner
+        count *= part.stop - part.start
+        inner *= size
+    return first, count
+
+
+def _gather(weight: Weight, region: Region) -> Array:
+    view = weight.values()
+    axis = int(np.argmax(np.abs(view.strides)))
+    step = max(1, _WINDOW // max(1, abs(view.strides[axis])))
+    result = np.empty(tuple(part.stop - part.start for part in region), view.dtype)
+    start, stop = region[axis].start, region[axis].stop
+    for low in range(start, stop, step):
+        high = min(low + step, stop)
+        inside = (*region[:axis], slice(low, high), *region[axis + 1 :])
+        place = (slice(None),) * axis + (slice(low - start, high - start),)
+        # Mapped anew for each window: what is no longer mapped takes no memory.
+        result[place] = weight.values()[inside]
+    return result
+
+
+def widened(x: Array) -> F32:
+    """Return values of any float type as float32, exactly.
+
+    float16 is moved into the bits of a float32 and multiplied by 2^112, the difference of the biases; numpy's own cast
+    takes several times as long.
+    """
+    if x.dtype != np.float16:
+        return np.asarray(x, dtype=np.float32)
+    bits = np.ascontiguousarray(x).view(np.int16)
+    if (bits & np.int16(0x7FFF)).max(initial=0) >= 0x7C00:
+        return x.astype(np.float32)
+    wide = bits.astype(np.int32)
+    wide <<= 13
+    wide &= np.int32(-0x70002000)
+    result = wide.view(np.float32)
+    result *= np.float32(2.0**112)
+    return result
+
+
+def extremes(x: Array, granularity: Granularity) -> tuple[F32, F32]:
+    """Return smallest and largest value of ``x [d0..dn]`` per scale, [scale_shape]; NaN where there is one.
+
+    Floats of 16 bits are compared as integers of the same order, without being widened.
+    """
+    if x.dtype.itemsize == 2 and x.dtype.kind in "fV":
+        keys = _ordered(np.ascontiguousarray(x).view(np.int16))
+        lo, hi = _reduced(keys, granularity, np.minimum), _reduced(keys, granularity, np.maximum)
+        return _unordered(lo, x.dtype), _unordered(hi, x.dtype)
+    wide = widened(x)
+    return _reduced(wide, granularity, np.minimum), _reduced(wide, granularity, np.maximum)
+
+
+def _ordered(bits: npt.NDArray[np.int16]) -> npt.NDArray[np.int16]:
+    """Turn the bits of floats into integers of the same order, and back: negative ones count backwards."""
+    sign = bits >> 15
+    sign &= np.int16(0x7FFF)
+    return np.asarray(sign ^ bits)
+
+
+def _unordered(keys: npt.NDArray[np.int16], dtype: np.dtype[Any]) -> F32:
+    return _ordered(keys).view(dtype).astype(np.float32)
+
+
+def _reduced(x: Array, granularity: Granularity, ufunc: np.ufunc) -> Array:
+    """Reduce ``x`` to [scale_shape] as `Granularity.reduce` does, fast for blocks."""
+    if granularity.axis is None or not granularity.block_size:
+        return granularity.reduce(x, ufunc)
+    axis, size = granularity.axis % x.ndim, granularity.block_size
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    whole = x.shape[axis] // size
+    head, rest = np.split(x, [whole * size], axis=axis)
+    blocks = head.reshape(*before, whole, size, *after)
+    while not after and blocks.shape[-1] % 2 == 0:  # numpy reduces short rows slowly, and halves of them quickly
+        half = blocks.shape[-1] // 2
+        blocks = ufunc(blocks[..., :half], blocks[..., half:])
+    found = np.asarray(ufunc.reduce(blocks, axis=axis + 1))
+    if not rest.shape[axis]:
+        return found
+    return np.concatenate([found, ufunc.reduce(rest, axis=axis, keepdims=True)], axis=axis)
+
+
+def scale_region(region: Region, granularity: Granularity, rank: int) -> Region:
+    """Return where the scales of a region lie in an array of [scale_shape]."""
+    if granularity.axis is None:
+        return ()
+    axis, size = granularity.axis % rank, granularity.block_size
+    if not size:
+        return tuple(part if i == axis else slice(0, 1) for i, part in enumerate(region))
+    blocks = slice(region[axis].start // size, -(-region[axis].stop // size))
+    return (*region[:axis], blocks, *region[axis + 1 :])
+
+
+@dataclass(slots=True)
+class Extent:
+    """Smallest and largest values of a weight, put together from those of its regions.
+
+    Attributes:
+        granularity: Which elements share a scale.
+        lo: Smallest values, [scale_shape]; NaN where there is one.
+        hi: Largest values.
+    """
+
+    granularity: Granularity
+    lo: F32
+    hi: F32
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], granularity: Granularity) -> Extent:
+        """Return the extent of no values of an array of ``shape``."""
+        wanted = granularity.scale_shape(shape)
+        start = np.inf if 0 not in shape else 0.0
+        return cls(granularity, np.full(wanted, start, np.float32), np.full(wanted, -start, np.float32))
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all values are."""
+        return bool(np.isfinite(self.lo).all() and np.isfinite(self.hi).all())
+
+    @property
+    def amax(self) -> float:
+        """Largest magnitude."""
+        return float(max(np.abs(self.lo).max(initial=0.0), np.abs(self.hi).max(initial=0.0)))
+
+    def add(self, place: Region, lo: F32, hi: F32) -> None:
+        """Take the extremes of a region into account, whose scales lie at ``place``."""
+        self.lo[place] = np.minimum(self.lo[place], lo)
+        self.hi[place] = np.maximum(self.hi[place], hi)
+
+
+def extent_jobs(weight: Weight, granularity: Granularity) -> Iterator[Callable[[], tuple[Region, F32, F32]]]:
+    """Yield functions that find the extremes of one region of a weight each: place among the scales, lo, hi.
+
+    Regions follow the order of the file, whatever way round the operator sees the weight.
+    """
+    view = weight.values()
+    order = tuple(int(i) for i in np.argsort([-abs(stride) for stride in view.strides], kind="stable"))
+    turned = tuple(view.shape[axis] for axis in order)
+    del view
+    reader = reader_of(weight)
+
+    def of(part: Region) -> tuple[Region, F32, F32]:
+        region = tuple(part[order.index(axis)] for axis in range(len(order)))
+        lo, hi = extremes(reader(region), granularity)
+        return scale_region(region, granularity, len(order)), lo, hi
+
+    for part in regions(turned, multiple=math.lcm(8, granularity.block_size or 1)):
+        yield partial(of, part)

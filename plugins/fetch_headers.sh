@@ -6,6 +6,7 @@
 #
 # Search order: $ORT_INCLUDE_DIR, /usr/include/onnxruntime, the user's cache. The package comes from the machine's own
 # configured archive; where its release has no such package, from a newer suite of the same archive.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
 
 package=libonnxruntime-dev

@@ -7,10 +7,8 @@ A method is a frozen dataclass whose fields are its options: ``percentile:99.9``
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, Protocol
+from typing import Protocol
 
-from ..errors import RecipeError
 from ..qarray import Range, Spec
 from ..registry import Registry
 from ..stats.histogram import Histogram
@@ -36,19 +34,4 @@ def resolve(text: str) -> RangeMethod:
     Raises:
         RecipeError: No such method, a method without options, or a value that the option does not take.
     """
-    name, colon, value = text.partition(":")
-    method: Any = METHODS.get(name.strip())
-    if not colon:
-        return method  # type: ignore[no-any-return]
-    options = [field.name for field in dataclasses.fields(method)]
-    if not options:
-        raise RecipeError(f"the method {name!r} has no options", found=repr(text), do=f"use {name!r}")
-    try:
-        return dataclasses.replace(method, **{options[0]: float(value)})  # type: ignore[no-any-return]
-    except ValueError as error:
-        raise RecipeError(
-            f"the method {name!r} does not take {value!r}",
-            found=repr(text),
-            expected=str(error),
-            do=f"write it like {name}:{getattr(method, options[0])}",
-        ) from error
+    return METHODS.resolve(text)

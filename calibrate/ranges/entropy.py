@@ -8,16 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from ..qarray import Range, Spec
 from ..stats.histogram import F64, I64, Histogram
 from . import METHODS
 from .error import grid
 
-_MIN_BINS, _MAX_BINS = 2048, 65536
+_MIN_BINS, _MAX_BINS = 2048, 32768
 _BULK = 0.99
-_BINS_PER_CODE = 16  # within the bulk, so that a far outlier does not blur it
-_CANDIDATES = 256
+_BINS_PER_CODE = 8  # within the bulk, so that a far outlier does not blur it
+_CANDIDATES = 128
 _MAX_CODES = 1024
 
 
@@ -25,7 +26,7 @@ _MAX_CODES = 1024
 class Entropy:
     """What: the threshold whose quantized distribution of magnitudes has the smallest KL divergence from the original.
 
-    The histogram is rebuilt in 2048 to 65,536 uniform bins, by the spread of the data. For each threshold the
+    The histogram is rebuilt in 2048 to 32,768 uniform bins, by the spread of the data. For each threshold the
     magnitudes beyond it are added to the last bin of the reference; the candidate distribution is what remains when
     every code spreads its count evenly over its non-empty bins. Zeros are left out: every range holds them exactly.
     Both ends are clipped at the same magnitude. Formats of more than 1024 codes per sign get the full range, because
@@ -42,7 +43,7 @@ class Entropy:
         limit = histogram.amax
         if histogram.finite > histogram.zero and len(fractions) <= _MAX_CODES:
             counts, beyond, reach = _uniform_counts(histogram, len(fractions) - 1)
-            limit = reach * _best_threshold(counts, beyond, fractions) / len(counts)
+            limit = reach * _best_threshold(Reference.of(counts, beyond), fractions) / len(counts)
         return Range.of(max(histogram.lo, -limit), min(histogram.hi, limit))
 
 
@@ -77,45 +78,71 @@ def _uniform_counts(histogram: Histogram, codes: int) -> tuple[F64, float, float
     return np.maximum(np.diff(at_edges), 0.0), float(seen[-1] - at_edges[-1]), reach
 
 
-def _best_threshold(counts: F64, beyond: float, fractions: F64) -> int:
-    """Return the number of bins to keep, of ``counts [b]``, for codes that end at ``fractions [L + 1]``."""
-    first, last = min(len(fractions) - 1, len(counts)), len(counts)
-    spacing = max((last - first) // _CANDIDATES, 1)
-    coarse = np.append(np.arange(first, last, spacing), last)[::-1]
-    best = int(coarse[np.argmin(divergence(counts, beyond, coarse, fractions))])
-    near = np.arange(min(best + spacing, last), max(best - spacing, first) - 1, -1)
-    return int(near[np.argmin(divergence(counts, beyond, near, fractions))])
+def _best_threshold(reference: Reference, fractions: F64) -> int:
+    """Return the number of bins to keep, for codes that end at ``fractions [L + 1]``."""
+    last = len(reference.counts)
+    low, high = min(len(fractions) - 1, last), last
+    while True:
+        spacing = max((high - low) // _CANDIDATES, 1)
+        # The widest first: among equals nothing is clipped without need.
+        thresholds = np.append(np.arange(low, high, spacing), high)[::-1]
+        best = int(thresholds[np.argmin(divergence(reference, thresholds, fractions))])
+        if spacing == 1:
+            return best
+        low, high = max(best - spacing, low), min(best + spacing, high)
 
 
-def divergence(counts: F64, beyond: float, thresholds: I64, fractions: F64) -> F64:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reference:
+    """The original distribution p, not normalised, and its prefix sums.
+
+    Attributes:
+        counts: p, [b].
+        mass: Sums of p before each bin, [b + 1].
+        filled: Numbers of non-empty bins before each bin, [b + 1].
+        own: Sums of p log p before each bin, [b + 1].
+        total: Sum of p and of what lies beyond the bins.
+    """
+
+    counts: F64
+    mass: F64
+    filled: F64
+    own: F64
+    total: float
+
+    @classmethod
+    def of(cls, counts: F64, beyond: float) -> Reference:
+        """Return the distribution with the given counts in its bins [b] and beyond them."""
+        mass, filled, own = (np.append(0.0, np.cumsum(part)) for part in (counts, counts > 0, _xlogx(counts)))
+        return cls(counts=counts, mass=mass, filled=filled, own=own, total=float(mass[-1]) + beyond)
+
+
+def divergence(reference: Reference, thresholds: I64, fractions: F64) -> F64:
     """Return the KL divergence in nats for each of several thresholds, [k].
 
-    With prefix sums of ``p``, ``p log p`` and of the number of non-empty bins, a threshold costs one look-up per code
-    instead of a pass over the bins.
+    With the prefix sums a threshold costs one look-up per code instead of a pass over the bins.
 
     Args:
-        counts: Reference distribution p, not normalised, [b].
-        beyond: Count of what lies beyond the bins.
+        reference: The original distribution.
         thresholds: Numbers of bins kept, each from 1 to b, [k].
         fractions: Ends of the codes as fractions of the threshold, ascending from 0 to 1, [L + 1].
     """
-    mass, filled, own = (np.append(0.0, np.cumsum(v)) for v in (counts, counts > 0, _xlogx(counts)))
-    edges = np.rint(fractions * thresholds[:, None]).astype(np.int64)
-    sums, sizes = np.diff(mass[edges]), np.diff(filled[edges])
+    edges = np.rint(fractions * thresholds[:, None]).astype(np.intp)
+    at_edges = reference.mass[edges]
+    sums, sizes = np.diff(at_edges), np.diff(reference.filled[edges])
     code_logs = np.log(np.where(sums > 0, sums, 1.0) / np.maximum(sizes, 1.0))
-    kept, last = mass[thresholds], counts[thresholds - 1]
-    everything = mass[-1] + beyond
-    clipped = everything - kept
-    reference = own[thresholds - 1] + _xlogx(last + clipped)
+    kept, last = at_edges[:, -1], reference.counts[thresholds - 1]
+    clipped = reference.total - kept
+    entropy = reference.own[thresholds - 1] + _xlogx(last + clipped)
     final = np.take_along_axis(code_logs, _last_filled(edges)[:, None], axis=1)[:, 0]
-    cross = (sums * code_logs).sum(axis=1) + clipped * final
+    cross = np.einsum("kl,kl->k", sums, code_logs) + clipped * final
     with np.errstate(divide="ignore"):
-        nats = (reference - cross) / everything - np.log(everything) + np.log(kept)
+        nats = (entropy - cross) / reference.total - np.log(reference.total) + np.log(kept)
     # Where the last bin is empty, the clipped values would fall where the candidate has nothing: infinitely far.
     return np.where((last <= 0) & (clipped > 0), np.inf, nats)
 
 
-def _last_filled(edges: I64) -> I64:
+def _last_filled(edges: npt.NDArray[np.intp]) -> npt.NDArray[np.intp]:
     """Return the index of the last code that spans at least one bin, for each row of ``edges [k, L + 1]``."""
     spans = np.diff(edges) > 0
     return np.asarray(spans.shape[1] - 1 - np.argmax(spans[:, ::-1], axis=1))

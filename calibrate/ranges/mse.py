@@ -10,11 +10,12 @@ import numpy as np
 from ..qarray import Range, Spec
 from ..stats.histogram import F64, Histogram
 from . import METHODS
-from .error import bins_mse
+from .error import Density
 
 _OCTAVES = 16
 _PER_OCTAVE = 2
-_COARSENESS = (3, 2, 1)  # of the bins in each round; the error curve is flat around its minimum
+_COARSENESS, _FINENESS = 3, 1  # of the bins; the error curve is flat around its minimum
+_ROUNDS = 2
 _POINTS = 9
 
 
@@ -52,18 +53,19 @@ class _Search:
     """Finds the best of ``ranges(f)`` for fractions ``f [r]`` of the full range; among equals the widest."""
 
     def __init__(self, histogram: Histogram, spec: Spec) -> None:
-        self._coarse, *self._finer = (histogram.bins(coarseness) for coarseness in _COARSENESS)
+        self._coarse = Density.of(histogram, _COARSENESS)
+        self._fine = Density.of(histogram, _FINENESS)
         self._spec = spec
 
     def best(self, ranges: Callable[[F64], Range]) -> Range:
         """Return the best range, the full one if none is better."""
         fractions = 2.0 ** -(np.arange(_OCTAVES * _PER_OCTAVE) / _PER_OCTAVE)
-        best = fractions[np.argmin(bins_mse(self._coarse, ranges(fractions), self._spec))]
+        best = fractions[np.argmin(self._coarse.mse(ranges(fractions), self._spec))]
         spacing = 1 / _PER_OCTAVE
-        for bins in self._finer:
+        for _ in range(_ROUNDS):
             around = np.minimum(best * 2.0 ** np.linspace(spacing, -spacing, _POINTS), 1.0)
             fractions = np.concatenate([[1.0], around])
-            best = fractions[np.argmin(bins_mse(bins, ranges(fractions), self._spec))]
+            best = fractions[np.argmin(self._fine.mse(ranges(fractions), self._spec))]
             spacing /= _POINTS // 2
         return ranges(np.array(best))
 

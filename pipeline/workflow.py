@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +11,13 @@ import numpy.typing as npt
 
 from ..calibrate.errors import ModelError
 from .calibration import Calibration, identify
-from .graph import Model, load, model_hash, save
+from .graph import Model, clone, load, model_hash, save
 from .qdq_check import check_qdq
 from .recipe import Recipe, make_recipe
 from .stages.collect import CollectOptions, collect
 from .stages.decide import wanted_tensors
 from .stages.details import wanted_details
+from .stages.equalize import Equalized, equalize
 from .stages.prepare import prepare, require_opset
 from .stages.quantize import Quantized, QuantizeOptions, needed_detail, needs_statistics, quantize_model
 from .stages.upgrade import upgrade
@@ -32,11 +33,13 @@ class Job:
         model: Prepared; changed by `quantize`.
         path: The file it came from.
         hash: Of the file's content.
+        equalized: Tensors that `equalize` divided by a channel scale.
     """
 
     model: Model
     path: Path
     hash: str
+    equalized: list[Equalized] = field(default_factory=list)
 
     @classmethod
     def open(cls, path: Path, *, convert: bool = False, allow_hardlinks: bool = False) -> Job:
@@ -67,12 +70,18 @@ class Job:
         """Run the float file over the data; see `stages.collect`, and `stages.details` for ``detail``.
 
         The file itself is run, not the prepared graph: names that survive preparing mean the same values, and a model
-        larger than memory stays on disk.
+        larger than memory stays on disk. Only after `equalize`, which makes new tensors, the graph itself is run.
         """
         identity = options.identity or identify(self.path)
         details = options.details or wanted_details(self.model.graph, detail)
         options = replace(options, identity=identity, details=details)
-        return collect(self.path, wanted_tensors(self.model.graph), batches, options)
+        source = clone(self.model) if self.equalized else self.path
+        return collect(source, wanted_tensors(self.model.graph), batches, options)
+
+    def equalize(self, recipe: Recipe, calibration: Calibration) -> list[Equalized]:
+        """Equalize the model as the recipe says; what is quantized next needs statistics collected after this."""
+        self.equalized = equalize(self.model.graph, recipe, calibration)
+        return self.equalized
 
     def quantize(
         self,
@@ -122,7 +131,10 @@ def quantize_file(
     job = Job.open(Path(source))
     calibration = data if isinstance(data, Calibration) else None
     if calibration is None and data is not None and needs_statistics(recipe):
-        calibration = job.collect(data, detail=needed_detail(recipe))
+        batches = list(data) if recipe.equalize else data
+        calibration = job.collect(batches, detail=needed_detail(recipe))
+        if recipe.equalize and job.equalize(recipe, calibration):
+            calibration = job.collect(batches, detail=needed_detail(recipe))
     result = job.quantize(recipe, calibration)
     save(result.model, target, force=force)
     return result

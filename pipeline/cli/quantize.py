@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 @click.option("--scheme", help="Named scheme, e.g. w8a8.")
 @click.option("--target", help="Deployment target, e.g. ort-cpu, portable.")
 @click.option("--method", help="Calibration method, e.g. minmax, percentile:99.99, mse, entropy, auto.")
+@click.option("--equalize", help="Equalizer, e.g. smoothquant, smoothquant:0.75, awq; needs --data.")
+@click.option("--algorithm", help="Weight algorithm, e.g. rtn, rtn_mse, gptq, hqq.")
+@click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any recipe key, e.g. weights.format=int4.")
 @click.option("--recipe", type=click.Path(path_type=Path), help="Recipe file (YAML); flags win over its keys.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only nodes that match: glob, re:, op:.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave matching nodes in float.")
@@ -69,24 +72,47 @@ def _recipe(given: dict[str, Any]) -> Recipe:
     from ..recipe import load_recipe, make_recipe
 
     keys = load_recipe(given["recipe"]) if given["recipe"] else {}
-    for name in ("scheme", "target", "method"):
+    for name in ("scheme", "target", "method", "equalize"):
         if given[name]:
             keys[name] = given[name]
     for name in ("include", "exclude"):
         if given[name]:
             keys[name] = tuple(given[name])
+    settings = [f"weights.algorithm={given['algorithm']}"] if given["algorithm"] else []
+    for text in [*settings, *given["settings"]]:
+        _set(keys, text)
     return make_recipe(**keys)
+
+
+def _set(keys: dict[str, Any], text: str) -> None:
+    """Put one ``part.key=value`` into the recipe's keys; the value is read as YAML."""
+    import yaml
+
+    path, separator, value = text.partition("=")
+    *parts, last = path.split(".")
+    if not separator or not last or len(parts) > 1:
+        raise UsageError("--set cannot be understood", found=text, expected="key=value or part.key=value")
+    place = keys
+    for part in parts:
+        place = place.setdefault(part, {})
+    place[last] = yaml.safe_load(value)
 
 
 def _calibration(job: Job, recipe: Recipe, given: dict[str, Any]) -> Calibration | None:
     from ..stages.quantize import needed_detail, needs_statistics
     from .collecting import collect_statistics, read_statistics
 
-    if given["calib"]:
-        return read_statistics(given["calib"], job, by_name=given["calib_by_name"])
-    if not needs_statistics(recipe):
+    if not given["calib"] and not needs_statistics(recipe):
         return None
-    return collect_statistics(job, {**given, "detail": needed_detail(recipe)})
+    wanted = {**given, "detail": needed_detail(recipe)}
+    if given["calib"]:
+        calibration = read_statistics(given["calib"], job, by_name=given["calib_by_name"])
+    else:
+        calibration = collect_statistics(job, wanted)
+    if recipe.equalize and job.equalize(recipe, calibration):
+        output.note(f"equalized the inputs of {len(job.equalized)} groups of layers; collecting once more")
+        calibration = collect_statistics(job, wanted)
+    return calibration
 
 
 def _save_side_files(plan: Plan, recipe: Recipe, given: dict[str, Any]) -> None:

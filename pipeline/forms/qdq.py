@@ -33,7 +33,7 @@ def insert_qdq(bench: Workbench, node: gs.Node, decisions: list[Decision]) -> No
         elif role == "output":
             key = (site.tensor, decision.spec)
             dequantized(bench, node.outputs[site.index], key, everyone=True)
-            _absorb(node, bench.activations[key])
+            _absorb(bench, node, bench.activations[key])
     if not bias_fits:
         weight = next(d.site for d in decisions if d.site.role == "weight")
         move_bias_behind(bench, node, bench.weights[weight].q.ndim)
@@ -59,14 +59,19 @@ def dequantized(bench: Workbench, tensor: gs.Tensor, key: tuple[str, Spec], *, e
         bench.made[made] = _stored(bench, made, tensor, codes)
         return bench.made[made]
     readers = list(tensor.outputs)
+    result = bench.made[made] = _pair(bench, tensor, name, params)
+    if everyone:
+        _redirect(bench, tensor, result, readers)
+    return result
+
+
+def _pair(bench: Workbench, tensor: gs.Tensor, name: str, params: QParams) -> gs.Tensor:
+    """Quantize and dequantize a tensor, and return the result."""
     scale, zero = _scale_constants(bench, name, params)
     quantized = bench.variable(f"{name}_QuantizeLinear_Output")
     result = bench.variable(f"{name}_DequantizeLinear_Output", tensor)
     bench.node("QuantizeLinear", f"{name}_QuantizeLinear", [tensor, scale, zero], quantized)
     bench.node("DequantizeLinear", f"{name}_DequantizeLinear", [quantized, scale, zero], result)
-    bench.made[made] = result
-    if everyone:
-        _redirect(bench, tensor, result, readers)
     return result
 
 
@@ -90,20 +95,23 @@ def _stored(bench: Workbench, key: tuple[object, ...], real: gs.Tensor, qarray: 
     return result
 
 
-def _absorb(node: gs.Node, params: QParams) -> None:
+def _absorb(bench: Workbench, node: gs.Node, params: QParams) -> None:
     """Take a Relu or Clip out from before its quantizer when the codes end where it cuts: rounding is monotonic.
 
-    What is smaller than the lower limit then gets the lowest code with and without it, and so at the upper end.
+    What is smaller than the lower limit then gets the lowest code with and without it, and so at the upper end. Where
+    the codes end elsewhere, a pair with the same scale stands before it too, so that the product has its quantizer.
     """
-    if node.op not in ("Relu", "Clip") or not params.spec.format.is_integer:
+    if node.op not in ("Relu", "Clip"):
         return
-    limits = _limits(node)
-    if limits is None:
-        return
-    ends = quantize(np.asarray(limits, dtype=np.float32), params).q.astype(np.float64)
-    if ends[0] == params.spec.qmin and ends[1] == params.spec.qmax:
-        for reader in list(node.outputs[0].outputs):
-            reader.inputs[0] = node.inputs[0]
+    limits, spec = _limits(node), params.spec
+    if limits is not None and spec.format.is_integer:
+        ends = quantize(np.asarray(limits, dtype=np.float32), params).q.astype(np.float64)
+        if ends[0] == spec.qmin and ends[1] == spec.qmax:
+            for reader in list(node.outputs[0].outputs):
+                reader.inputs[0] = node.inputs[0]
+            return
+    if not bench.fuses_relu:
+        node.inputs[0] = _pair(bench, node.inputs[0], node.inputs[0].name, params)
 
 
 def _limits(node: gs.Node) -> tuple[float, float] | None:

@@ -122,6 +122,7 @@ def quantize_model(
         graph=model.graph,
         activations={key: s.params for key, s in activations.items()},
         weights=weights,
+        fuses_relu=TARGETS.get(recipe.target).fuses_relu,
         accuracy_level=_accuracy_level(recipe),
     )
     insert(plan, bench)

@@ -9,13 +9,13 @@ import numpy as np
 import onnx
 import pytest
 from onnx import parser
-from quantizing import Result, calibrate, model, normal, quantize, random_batches
 from qpipe.calibrate.errors import DataError, RecipeError
 from qpipe.pipeline import graph
 from qpipe.pipeline.calibration import Calibration
 from qpipe.pipeline.recipe import make_recipe
 from qpipe.pipeline.stages.decide import decide, wanted_tensors
 from qpipe.pipeline.stages.prepare import prepare
+from quantizing import Result, calibrate, model, normal, quantize, random_batches
 
 IF = """g (float[N,4] x, bool c) => (float[N,6] y) {
     h = MatMul(x, v)

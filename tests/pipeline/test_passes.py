@@ -7,11 +7,11 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 from onnx import helper
-from quantizing import error, model, normal, quantize, random_batches, run
 from qpipe.pipeline import graph
 from qpipe.pipeline.fresh import FreshNames
 from qpipe.pipeline.ordering import sorted_nodes
 from qpipe.pipeline.stages.prepare import prepare
+from quantizing import error, model, normal, quantize, random_batches, run
 
 
 def prepared(source: onnx.ModelProto) -> onnx.ModelProto:
@@ -234,7 +234,8 @@ def test_a_body_comes_after_what_it_reads() -> None:
     source = model(
         """g (float[2] x, bool f) => (float[2] y) {
             h = Tanh(x)
-            y = If(f)<then_branch = t () => (float[2] a) { a = Exp(h) }, else_branch = e () => (float[2] b) { b = Relu(x) }>
+            y = If(f)<then_branch = t () => (float[2] a) { a = Exp(h) },
+                      else_branch = e () => (float[2] b) { b = Relu(x) }>
         }"""
     )
     inner = graph.from_proto(source).graph

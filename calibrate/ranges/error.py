@@ -48,7 +48,7 @@ class Density:
     """A histogram as a piecewise constant density and single values; exact zeros, which cost nothing, are left out.
 
     Attributes:
-        edges: Where the density changes, ascending, [e].
+        edges: Where the density changes, in no order, [e].
         jumps: Density before each edge minus density behind it, counts per unit, [e].
         points: Single values, [m].
         counts: How often they occur, [m].
@@ -117,7 +117,7 @@ def grid(number: Format) -> tuple[F64, F64, F64]:
 
     Returns:
         Its finite values in ascending order ``[k]``, the midpoints between them ``[k - 1]``, and the running sum of
-        the cubed gaps over 12 ``[k]``.
+        the cubed gaps over 12, 0 at value 0, ``[k]``.
     """
     if number.codebook:
         return _grid(np.array(number.codebook))
@@ -130,4 +130,6 @@ def grid(number: Format) -> tuple[F64, F64, F64]:
 def _grid(values: F64) -> tuple[F64, F64, F64]:
     levels = np.unique(values + 0.0)
     gaps = np.diff(levels)
-    return levels, levels[:-1] + gaps / 2, np.concatenate([[0.0], np.cumsum(gaps**3) / 12])
+    base = np.concatenate([[0.0], np.cumsum(gaps**3) / 12])
+    # Counted from code 0, so that nothing cancels around it, where bins are narrow and their densities huge.
+    return levels, levels[:-1] + gaps / 2, base - base[np.searchsorted(levels, 0.0)]

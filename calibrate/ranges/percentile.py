@@ -33,6 +33,8 @@ class Percentile:
 
     def __call__(self, histogram: Histogram, spec: Spec) -> Range:
         """Return the range of the values of ``histogram`` between the percentiles."""
+        if self.percentile == 100:
+            return Range.of(histogram.lo, histogram.hi)
         share = self.percentile / 100
         if spec.symmetric:
             limit = _quantile(histogram.absolute().bins(), share)

@@ -100,10 +100,11 @@ def test_grid_is_the_format(name):
     assert levels[-1] == number.qmax
     assert 0.0 in levels
     assert np.allclose(between, (levels[1:] + levels[:-1]) / 2)
+    assert base[np.searchsorted(levels, 0.0)] == 0.0
     # The integral of the squared distance from the nearest code, over the whole grid, by small steps.
     t = np.linspace(levels[0], levels[-1], 2_000_001)
     nearest = levels[np.searchsorted(between, t)]
-    assert base[-1] == pytest.approx(float(np.trapezoid((t - nearest) ** 2, t)), rel=1e-3)
+    assert base[-1] - base[0] == pytest.approx(float(np.trapezoid((t - nearest) ** 2, t)), rel=1e-3)
 
 
 @pytest.mark.parametrize("scale", [1e-42, 1e-30, 1.0, 1e28])

@@ -7,9 +7,11 @@ time, on all cores. What is left needs the whole weight. Results that are large 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +29,7 @@ from ..calibration import Calibration
 from ..constants import Weight, weight_of
 from ..extents import Extent, extent_jobs, reader_of, widened
 from ..graph import all_graphs
+from ..graph.constants import Values
 from ..graph.lazy import Region, regions
 from ..graph.parallel import in_order
 from ..graph.scratch import keep
@@ -58,24 +61,45 @@ class Surveyed:
     params: QParams | None
 
 
+_KNOWN: weakref.WeakKeyDictionary[Values, dict[Key, Surveyed]] = weakref.WeakKeyDictionary()
+"""What was found of a weight, as long as it lives: values never change, and reading them is what takes time."""
+
+
 def survey_weights(graph: gs.Graph, plan: Plan) -> dict[Key, Surveyed]:
-    """Look once at all weights of a plan, on all cores, and return what was found by `key_of`."""
+    """Return what one pass over each weight of a plan tells, by `key_of`; a second call reads nothing again.
+
+    All cores work at it, in the order of the files.
+    """
     weights = {key_of(decision, weight): (decision, weight) for decision, weight in _weights(graph, plan)}
+    found = {key: known for key, (_, weight) in weights.items() if (known := _known(weight).get(key)) is not None}
     extents: dict[Key, Extent] = {}
 
     def jobs() -> Iterator[Callable[[], tuple[Key, Region, Array, Array]]]:
         for key, (decision, weight) in weights.items():
+            if key in found:
+                continue
             granularity = decision.spec.granularity if decision.spec and _by_extent(decision) else PER_TENSOR
             extents[key] = Extent.empty(weight.shape, granularity)
             for job in extent_jobs(weight, granularity):
                 yield partial(lambda key, job: (key, *job()), key, job)
 
-    found: dict[Key, Surveyed] = {}
-    for key, parts in itertools.groupby(in_order(jobs()), key=lambda part: part[0]):
-        for _, *part in parts:
-            extents[key].add(*part)
-        found[key] = _surveyed(weights[key][0], extents.pop(key))
-    return found | {key: _surveyed(weights[key][0], extent) for key, extent in extents.items()}
+    def finish(key: Key) -> None:
+        decision, weight = weights[key]
+        found[key] = _known(weight)[key] = _surveyed(decision, extents.pop(key))
+
+    with contextlib.closing(in_order(jobs())) as done:
+        for key, parts in itertools.groupby(done, key=lambda part: part[0]):
+            for _, *part in parts:
+                extents[key].add(*part)
+            finish(key)
+    for key in list(extents):  # weights without elements
+        finish(key)
+    return found
+
+
+def _known(weight: Weight) -> dict[Key, Surveyed]:
+    held = weight.constant._values
+    return _KNOWN.setdefault(held, {}) if isinstance(held, Values) else {}
 
 
 def key_of(decision: Decision, weight: Weight) -> Key:
@@ -96,12 +120,7 @@ def _surveyed(decision: Decision, extent: Extent) -> Surveyed:
     return Surveyed(is_finite=extent.is_finite, amax=extent.amax, params=params)
 
 
-def quantize_weights(
-    graph: gs.Graph,
-    plan: Plan,
-    calibration: Calibration | None = None,
-    survey: Mapping[Key, Surveyed] | None = None,
-) -> dict[Site, QArray]:
+def quantize_weights(graph: gs.Graph, plan: Plan, calibration: Calibration | None = None) -> dict[Site, QArray]:
     """Quantize every weight that the plan names, one at a time.
 
     A weight with two users of the same spec is quantized once, unless its algorithm looks at their inputs.
@@ -110,7 +129,6 @@ def quantize_weights(
         graph: The float graph.
         plan: What was decided; names the algorithm of each weight.
         calibration: Statistics of inputs, for algorithms that need them.
-        survey: What `survey_weights` found; None looks at the weights again.
 
     Returns:
         Codes and parameters by site. Codes may be a `Lazy` array, which is made when it is read.
@@ -119,7 +137,7 @@ def quantize_weights(
         DataError: An algorithm needs statistics that were not collected.
     """
     nodes = {node.name: node for inner in all_graphs(graph) for node in inner.nodes}
-    known = survey_weights(graph, plan) if survey is None else survey
+    known = survey_weights(graph, plan)
     cache: dict[tuple[Key, str], QArray] = {}
     result: dict[Site, QArray] = {}
     for decision, weight in _weights(graph, plan):
@@ -130,9 +148,7 @@ def quantize_weights(
         if (key, source) not in cache:
             layout = layout_of(node, weight.shape)
             stats = layer_stats(layout, calibration, node.inputs[0].name)
-            surveyed = known.get(key)
-            params = surveyed.params if surveyed is not None else None
-            cache[key, source] = _quantized(weight, decision, layout, stats, params)
+            cache[key, source] = _quantized(weight, decision, layout, stats, known[key].params)
         result[decision.site] = cache[key, source]
     return result
 
@@ -198,19 +214,18 @@ def layer_stats(layout: Layout, calibration: Calibration | None, tensor: str) ->
     return WeightStats(gram=gram, channels=channels)
 
 
-def settle_nonfinite(graph: gs.Graph, plan: Plan, *, skip: bool, survey: Mapping[Key, Surveyed] | None = None) -> Plan:
+def settle_nonfinite(graph: gs.Graph, plan: Plan, *, skip: bool) -> Plan:
     """Return the plan without the layers whose weights are not finite.
 
     Args:
         graph: The float graph.
         plan: What was decided without looking at values.
         skip: Leave such layers in float; otherwise the first one is an error.
-        survey: What `survey_weights` found; None looks at the weights again.
 
     Raises:
         ModelError: A weight holds NaN or infinity, and ``skip`` is not set.
     """
-    known = survey_weights(graph, plan) if survey is None else survey
+    known = survey_weights(graph, plan)
     bad: dict[str, str] = {}
     for decision, weight in _weights(graph, plan):
         if known[key_of(decision, weight)].is_finite:
@@ -226,18 +241,17 @@ def settle_nonfinite(graph: gs.Graph, plan: Plan, *, skip: bool, survey: Mapping
     return dataclasses.replace(plan, decisions=kept)
 
 
-def settle_global(graph: gs.Graph, plan: Plan, survey: Mapping[Key, Surveyed] | None = None) -> Plan:
+def settle_global(graph: gs.Graph, plan: Plan) -> Plan:
     """Return the plan with the one range of those weights that share a scale throughout the model written out.
 
     Args:
         graph: The float graph.
         plan: Names the algorithm ``fixed``, without a range, for such weights.
-        survey: What `survey_weights` found; None looks at the weights again.
     """
     sharing = [(d, weight) for d, weight in _weights(graph, plan) if d.algorithm == "fixed"]
     if not sharing:
         return plan
-    known = survey_weights(graph, plan) if survey is None else survey
+    known = survey_weights(graph, plan)
     amax = max(known[key_of(d, weight)].amax for d, weight in sharing)
     settled = {d.site: dataclasses.replace(d, algorithm=f"fixed:{amax!r}") for d, _ in sharing}
     return dataclasses.replace(plan, decisions=tuple(settled.get(d.site, d) for d in plan.decisions))

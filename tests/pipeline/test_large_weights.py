@@ -281,3 +281,22 @@ def test_a_turned_weight_is_read_in_the_order_of_its_file(tmp_path: Path) -> Non
     assert np.array_equal(extent.lo, array.astype(np.float32).min(axis=0, keepdims=True))
     assert np.array_equal(extent.hi, array.astype(np.float32).max(axis=0, keepdims=True))
     assert places[0][0][1].stop - places[0][0][1].start < 48, "cut along the axis that is outermost in the file"
+
+
+def test_a_weight_is_looked_at_once_before_its_codes_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = placed(tmp_path, values_of((64, 48), "float16"), "MatMul", "external")
+    node, _ = weight_in(model)
+    plan = plan_of(node, Spec(format=FORMATS.get("int8"), granularity=per_channel(1)), "rtn")
+    read: list[int] = []
+    original = graph.external.FileRange.read  # type: ignore[attr-defined]
+
+    def counted(self: object, start: int, length: int) -> bytearray:
+        read.append(length)
+        return original(self, start, length)
+
+    monkeypatch.setattr("qpipe.pipeline.graph.external.FileRange.read", counted)
+    settled = stage.settle_global(model.graph, stage.settle_nonfinite(model.graph, plan, skip=False))
+    (found,) = stage.quantize_weights(model.graph, settled).values()
+    assert sum(read) == 64 * 48 * 2
+    np.asarray(found.q)
+    assert sum(read) == 2 * 64 * 48 * 2

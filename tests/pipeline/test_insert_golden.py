@@ -177,7 +177,7 @@ def test_names_that_are_taken_are_not_used() -> None:
     assert error(found, random_batches(source, 1)[0]) < 0.05
 
 
-@pytest.mark.parametrize("bias", [1e9, 3e38], ids=["int32 overflow", "huge"])
+@pytest.mark.parametrize("bias", [1e9, 1e20])
 def test_a_bias_that_does_not_fit_is_added_in_float(bias: float) -> None:
     source = model(
         "g (float[N,3,4,4] x) => (float[N,2,4,4] y) { c = Conv(x, w, b)  y = Tanh(c) }",

@@ -83,7 +83,8 @@ def _graphs_of(node: NodeProto) -> Iterator[GraphProto]:
 
 def _converted(model: Model, proto: ModelProto, opset: int) -> ModelProto:
     known = set(_written(proto.graph))
-    inputs = {entry.name for entry in proto.graph.input}
+    # Before IR version 4 weights had to be inputs too; since then it says that they may be overridden.
+    inputs = {entry.name for entry in proto.graph.input if model.ir_version >= _INPUTS_FREE_IR}
     functions = list(proto.functions)
     _list_weights_as_inputs(proto)
     try:

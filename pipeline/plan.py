@@ -116,6 +116,8 @@ class Plan:
 def spec_text(spec: Spec) -> str:
     """Return a spec in a few words: ``"int8 per channel (axis 0), symmetric, 7 bits"``."""
     granularity = spec.granularity
+    if spec.format.lowering == "cast":
+        return spec.format.name
     if granularity.axis is None:
         where = "per tensor"
     elif granularity.block_size:

@@ -108,7 +108,7 @@ def decide(
         recipe_hash=recipe.digest(),
         model_hash=model_hash,
     )
-    if not plan.quantized():
+    if not plan.quantized() and recipe.float_type is None:
         reason = decisions[0].reason if decisions else "the graph has no nodes"
         _LOG.warning("nothing was quantized; of %d nodes the first: %s", len(nodes), reason)
     return plan

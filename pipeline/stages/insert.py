@@ -11,7 +11,7 @@ from ..plan import Decision, Plan
 
 
 def insert(plan: Plan, bench: Workbench) -> gs.Graph:
-    """Rewrite ``bench.graph`` as ``plan`` says and return it, cleaned up and sorted.
+    """Rewrite ``bench.graph`` as ``plan`` says, up to half precision, and return it, cleaned up and sorted.
 
     Args:
         plan: What to do at each site.
@@ -19,7 +19,7 @@ def insert(plan: Plan, bench: Workbench) -> gs.Graph:
     """
     by_node: dict[str, list[Decision]] = {}
     for decision in plan.decisions:
-        if decision.spec is not None or decision.form != "qdq":
+        if decision.form != "cast" and (decision.spec is not None or decision.form != "qdq"):
             by_node.setdefault(decision.site.node, []).append(decision)
     for scope in list(all_graphs(bench.graph)):
         bench.enter(scope)

@@ -12,7 +12,7 @@ from ..graph import Model, all_graphs, check
 from ..plan import Plan
 from ..recipe import Recipe
 from ..targets import TARGETS
-from .context import PER_CHANNEL_OPSET
+from .context import NARROW_SCALE_OPSET, PER_CHANNEL_OPSET
 from .upgrade import move_opset
 
 BLOCKED_OPSET = 21
@@ -35,7 +35,9 @@ def needed_opset(plan: Plan, start: int) -> int:
             level = max(level, PER_CHANNEL_OPSET)
         if spec.granularity.block_size:
             level = max(level, BLOCKED_OPSET)
-    return level
+    halves = {d.site.node for d in plan.quantized() if d.form == "cast"}
+    scaled = any(d.form == "qdq" and d.site.node in halves for d in plan.quantized())
+    return max(level, NARROW_SCALE_OPSET) if scaled else level
 
 
 def lower(model: Model, plan: Plan, recipe: Recipe) -> Model:

@@ -10,12 +10,15 @@ from ...calibrate.qarray import QArray
 from ...calibrate.weights import WEIGHT_METHODS
 from ..calibration import Calibration
 from ..forms import Workbench
+from ..forms.cast import narrow
 from ..graph import Model, all_graphs
 from ..plan import Plan, Site
+from ..precision import widen
 from ..recipe import Recipe
 from ..statistics import with_constants, with_moved
 from ..targets import TARGETS
 from .decide import decide
+from .floats import Given, border_of, float_notes, require_float_type, with_floats
 from .insert import insert
 from .lower import lower, needed_opset
 from .prepare import prepare
@@ -109,11 +112,20 @@ def quantize_model(
     """
     if not options.requantize:
         refuse_quantized(model)
+    require_float_type(recipe)
+    given = Given.of(model.graph)
+    if given.nodes:
+        widen(model.graph)
     calibration = with_moved(model.graph, calibration) if calibration is not None else None
-    plan = decide(model.graph, recipe, calibration, model_hash, model.functions)
+
+    def plan_of(model: Model) -> Plan:
+        plan = decide(model.graph, recipe, calibration, model_hash, model.functions)
+        return with_floats(model.graph, plan, recipe, calibration, given)
+
+    plan = plan_of(model)
     if needed_opset(plan, model.opset) > model.opset:
         model = prepare(move_opset(model, needed_opset(plan, model.opset)))
-        plan = decide(model.graph, recipe, calibration, model_hash, model.functions)
+        plan = plan_of(model)
     plan = settle_global(model.graph, settle_nonfinite(model.graph, plan, skip=options.skip_nonfinite))
     calibration = with_constants(model.graph, plan, calibration) if calibration is not None else None
     activations = solve(plan, calibration, recipe.method)
@@ -126,9 +138,18 @@ def quantize_model(
         accuracy_level=_accuracy_level(recipe),
     )
     insert(plan, bench)
+    if given.nodes or recipe.float_type is not None:
+        border, half_scales = border_of(recipe, given), TARGETS.get(recipe.target).half_scales
+        narrow(model.graph, plan, border, half_scales=half_scales)
     _add_functions(model, bench)
     lowered = lower(model, plan, recipe)
-    return Quantized(model=lowered, plan=plan, activations=activations, weights=weights, notes=tuple(bench.notes))
+    return Quantized(
+        model=lowered,
+        plan=plan,
+        activations=activations,
+        weights=weights,
+        notes=(*float_notes(recipe, calibration, given), *bench.notes),
+    )
 
 
 def _accuracy_level(recipe: Recipe) -> int:

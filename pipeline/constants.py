@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.tensor import SparseValues
 
 from .graph import values
 
@@ -65,13 +66,13 @@ def dtype_name(tensor: gs.Tensor) -> str:
 
 
 def weight_of(tensor: gs.Tensor) -> Weight | None:
-    """Return the constant behind a tensor, looking through layout operators; None when there is none."""
+    """Return the constant behind a tensor, looking through layout operators; None for none, or a sparse one."""
     steps: list[tuple[str, tuple[int, ...]]] = []
     for _ in range(_MAX_STEPS):
         if isinstance(tensor, gs.Constant):
-            return _with_shape(tensor, tuple(reversed(steps)))
+            return None if is_sparse(tensor) else _with_shape(tensor, tuple(reversed(steps)))
         node = tensor.inputs[0] if len(tensor.inputs) == 1 else None
-        if node is None or not node.inputs:
+        if node is None or not node.inputs or node.domain:
             return None
         if node.op == "Transpose":
             rank = len(node.inputs[0].shape or node.attrs.get("perm", ()))
@@ -85,17 +86,29 @@ def weight_of(tensor: gs.Tensor) -> Weight | None:
 
 
 def _with_shape(constant: gs.Constant, steps: tuple[tuple[str, tuple[int, ...]], ...]) -> Weight | None:
-    shape = tuple(int(d) for d in constant.shape)
+    """Resolve the steps from a constant on; of reshapes in a row only the last one counts, if it changes anything."""
+    shapes = [tuple(int(d) for d in constant.shape)]
     resolved: list[tuple[str, tuple[int, ...]]] = []
     for kind, how in steps:
+        shape = shapes[-1]
         if kind == "T":
             if len(how) != len(shape):
                 return None
-            shape = tuple(shape[axis] for axis in how)
-        else:
-            how = tuple(shape[i] if d == 0 else d for i, d in enumerate(how))
-            known = int(np.prod([d for d in how if d > 0]))
-            how = tuple(int(np.prod(shape)) // max(known, 1) if d == -1 else d for d in how)
-            shape = how
-        resolved.append((kind, how))
-    return Weight(constant=constant, steps=tuple(resolved), shape=shape)
+            resolved.append((kind, how))
+            shapes.append(tuple(shape[axis] for axis in how))
+            continue
+        target = tuple(shape[i] if d == 0 else d for i, d in enumerate(how))
+        known = int(np.prod([d for d in target if d > 0]))
+        target = tuple(int(np.prod(shape)) // max(known, 1) if d == -1 else d for d in target)
+        if resolved and resolved[-1][0] == "R":
+            resolved.pop()
+            shapes.pop()
+        if target != shapes[-1]:
+            resolved.append((kind, target))
+            shapes.append(target)
+    return Weight(constant=constant, steps=tuple(resolved), shape=shapes[-1])
+
+
+def is_sparse(tensor: gs.Tensor) -> bool:
+    """Whether a tensor is a constant that is stored sparse."""
+    return isinstance(tensor, gs.Constant) and isinstance(tensor._values, SparseValues)

@@ -13,7 +13,7 @@ from ...calibrate.granularity import PER_TENSOR
 from ...calibrate.qarray import Spec
 from ...calibrate.stats.histogram import Histogram
 from ..calibration import Calibration
-from ..constants import QUANTIZABLE, Weight, dtype_name, weight_of
+from ..constants import QUANTIZABLE, Weight, dtype_name, is_sparse, weight_of
 from ..graph import values
 from ..patterns import matches
 from ..recipe import Recipe
@@ -149,6 +149,8 @@ class Context:
         for tensor in inputs:
             if dtype_name(tensor) not in QUANTIZABLE:
                 return f"its input {tensor.name!r} is {dtype_name(tensor) or 'of unknown type'}, not float"
+            if is_sparse(tensor):
+                return f"its weight {tensor.name!r} is stored sparse, and too large to be stored dense"
         why = rule.unless(node)
         return why or ("all its inputs are constants" if all(weight_of(t) is not None for t in inputs) else "")
 

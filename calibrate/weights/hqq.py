@@ -29,10 +29,11 @@ class Hqq:
     proximal step of the l_p "norm", p < 1: large errors stay in v, small ones vanish), and the rest, for which s and
     z are a least-squares fit of ``w - v`` on the codes. The two steps alternate while the penalty beta grows.
 
-    Departures from the paper, which keeps s and moves a real-valued z: ONNX zero points are codes, so that z is
-    rounded and s fitted as well; with a symmetric spec only s moves. Errors are measured in steps, so that beta means
-    the same for every weight. The iteration is local, hence it starts from the clip search and keeps, per scale, the
-    round with the smallest squared error.
+    Departures from the paper, which keeps s and moves a real-valued z: ONNX zero points are codes, and from round to
+    round z would move by less than half a code, hence never. So s is fitted, once for each of the zero points next to
+    the first one; with a symmetric spec there is but one. Errors are measured in steps, so that beta means the same for
+    every weight. The iteration is local, hence it starts from the clip search and keeps, per scale, the round with the
+    smallest squared error.
 
     When to use: 2 to 4 bits without calibration data.
     Options: p, exponent of the norm; beta, its penalty; growth of beta per round; iterations.
@@ -69,17 +70,28 @@ class Hqq:
 
     def _fit(self, x: F32, spec: Spec) -> QParams:
         """Return the parameters of the rows of ``x`` [g, e]."""
-        params = best = params_from_range(mse_range(x, spec), spec)
-        unit = params.scale
+        start = best = params_from_range(mse_range(x, spec), spec)
+        unit = start.scale
         least = np.full(unit.shape, np.inf)
-        for i in range(self.iterations + 1):
-            error = x - dequantize(quantize(x, params))
-            cost = np.einsum("ge,ge->g", error, error)[:, None]
-            best = _choose(cost < least, params, best)
-            least = np.minimum(cost, least)
-            outliers = unit * shrink(error / unit, self.beta * self.growth**i, self.p)
-            params = _least_squares(x - outliers, params, quantize(x, params))
+        for params in _zero_points(start):
+            for i in range(self.iterations + 1):
+                codes = quantize(x, params)
+                error = x - dequantize(codes)
+                cost = np.einsum("ge,ge->g", error, error)[:, None]
+                best = _choose(cost < least, params, best)
+                least = np.minimum(cost, least)
+                outliers = unit * shrink(error / unit, self.beta * self.growth**i, self.p)
+                params = _fit_scale(x - outliers, codes)
         return best
+
+
+def _zero_points(start: QParams) -> list[QParams]:
+    """Return ``start`` and, where the zero point is free, the same with its neighbours."""
+    if start.zero_point is None or start.spec.symmetric:
+        return [start]
+    low, high = start.spec.qmin, start.spec.qmax
+    moved = [np.clip(start.zero_point + np.float32(shift), low, high).astype(np.float32) for shift in (0, -1, 1)]
+    return [replace(start, zero_point=zero_point) for zero_point in moved]
 
 
 def shrink(x: F32, beta: float, p: float) -> F32:
@@ -89,20 +101,16 @@ def shrink(x: F32, beta: float, p: float) -> F32:
         return np.asarray(np.sign(x) * np.maximum(magnitude - magnitude ** np.float32(p - 1) / np.float32(beta), 0))
 
 
-def _least_squares(target: F32, params: QParams, codes: QArray) -> QParams:
-    """Fit ``target`` [g, e] by ``s (q - z)``; a scale that comes out as no positive number stays as it was."""
+def _fit_scale(target: F32, codes: QArray) -> QParams:
+    """Return the parameters of ``codes`` with the least-squares fit of ``target`` [g, e] by ``s (q - z)`` as scale.
+
+    A scale that comes out as no positive number stays as it was.
+    """
+    params = codes.params
     levels = dequantize(codes) / params.scale
-    movable = params.zero_point is not None and not params.spec.symmetric
-    mean = levels.mean(axis=1, keepdims=True) if movable else np.zeros_like(params.scale)
-    spread = levels - mean
-    power = np.einsum("ge,ge->g", spread, spread)[:, None]
-    slope = np.einsum("ge,ge->g", spread, target)[:, None] / np.where(power > 0, power, 1)
-    scale = np.where((power > 0) & (slope > 0), slope, params.scale)
-    zero_point = params.zero_point
-    if movable:
-        shift = np.rint(mean - target.mean(axis=1, keepdims=True) / scale)
-        zero_point = np.clip(np.asarray(zero_point) + shift, params.spec.qmin, params.spec.qmax).astype(np.float32)
-    return params_from_scale(scale, params.spec, zero_point)
+    power = np.einsum("ge,ge->g", levels, levels)[:, None]
+    slope = np.einsum("ge,ge->g", levels, target)[:, None] / np.where(power > 0, power, 1)
+    return params_from_scale(np.where(slope > 0, slope, params.scale), params.spec, params.zero_point)
 
 
 def _choose(better: npt.NDArray[np.bool_], ours: QParams, theirs: QParams) -> QParams:

@@ -164,12 +164,14 @@ def test_options_are_set_by_name_and_number():
 def test_pairs_stay_within_their_limit(name, granularity):
     rng = np.random.default_rng(3)
     spec = Spec(format=FORMATS.get("int8"), granularity=granularity, narrow_range=True, pair_limit=128)
-    w = rng.uniform(-1, 1, (12, 33)).astype(np.float32)
+    w = rng.standard_normal((12, 33)).astype(np.float32)
+    w[:6, 4:6], w[6:, 4:6] = 3, -3  # one pair in each row, of either sign, that must give way; too few to widen scales
     stats = stats_of(rng.standard_normal((300, 33)).astype(np.float32))
     codes = WEIGHT_METHODS.get(name)(w, spec, stats).q.astype(np.int64)
     first, second = codes[:, 0:32:2], codes[:, 1:32:2]
     assert (np.abs(first + second) <= 128).all()
     assert np.abs(codes).max() > 64
+    assert (np.sign(codes[:, 4]) == np.repeat([1, -1], 6)).all()
 
 
 def test_output_mse_is_the_mean_squared_error_of_the_output():

@@ -8,11 +8,13 @@ from qpipe.calibrate.errors import DataError
 from qpipe.calibrate.formats import FORMATS
 from qpipe.calibrate.granularity import PER_TENSOR, per_block, per_channel
 from qpipe.calibrate.metrics import mse
-from qpipe.calibrate.qarray import Spec, dequantize, fake_quant, params_from_range, quantize
+from qpipe.calibrate.qarray import QParams, Spec, dequantize, fake_quant, params_from_range, quantize
 from qpipe.calibrate.stats.gram import Gram
 from qpipe.calibrate.weights import WeightStats, gptq, output_mse
 from qpipe.calibrate.weights.gptq import Gptq, damped, inverse_factor
+from qpipe.calibrate.weights.grid import Grid
 from qpipe.calibrate.weights.pairs import pair_safe
+from qpipe.calibrate.weights.quantease import Quantease
 from qpipe.calibrate.weights.rtn import Rtn
 from qpipe.calibrate.weights.search import mse_range
 
@@ -201,6 +203,32 @@ def test_the_factor_is_that_of_the_inverse(n, seed):
     factor = inverse_factor(hessian)
     np.testing.assert_array_equal(factor, np.triu(factor))
     np.testing.assert_allclose(factor.T @ factor @ hessian, np.eye(n), atol=1e-9)
+
+
+def test_the_room_for_a_code_is_what_its_neighbour_left():
+    spec = Spec(format=FORMATS.get("int8"), granularity=PER_TENSOR, pair_limit=128)
+    params = QParams(scale=np.float32([0.5]).reshape(()), zero_point=None, spec=spec)
+    grid = Grid.of(params, (6, 2), slice(None), np.arange(2))
+    neighbour = np.float32([100, 100, -100, -100, 0, 60]) * np.float32(0.5)
+    wanted = np.float32([90, -90, 90, -90, 120, 68]) * np.float32(0.5)
+    assert (grid.round(1, wanted, neighbour) / 0.5).tolist() == [28, -90, 90, -28, 120, 68]
+    assert (grid.round(1, wanted) / 0.5).tolist() == [90, -90, 90, -90, 120, 68]
+
+
+@pytest.mark.parametrize("method", [Gptq(), Gptq(act_order=False), Quantease()])
+def test_making_up_for_errors_never_breaks_the_pair_limit(method, monkeypatch):
+    """Errors that later columns take over push pairs past the limit which the scale alone would have kept."""
+    w, stats, _ = layer(out=300)
+    spec = Spec(format=FORMATS.get("int8"), granularity=per_channel(0), narrow_range=True, pair_limit=128)
+
+    def most():
+        codes = method(w, spec, stats).q.astype(np.int64)
+        return np.abs(codes[:, ::2] + codes[:, 1::2]).max()
+
+    assert most() <= 128
+    free = Grid.round
+    monkeypatch.setattr(Grid, "round", lambda self, k, column, neighbour=None: free(self, k, column))
+    assert most() > 128
 
 
 def test_pair_limit_costs_little_because_other_columns_make_up_for_it():

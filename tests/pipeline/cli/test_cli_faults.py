@@ -270,5 +270,5 @@ def test_a_signal_saves_and_the_run_can_go_on(folder: Path, run: Run, number: in
 def test_a_closed_pipe_is_no_error(folder: Path) -> None:
     command = f"{sys.executable} -m qpipe explain op | head -1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=folder)
-    assert done.stdout.splitlines()[-1] == "0", done.stderr
+    assert done.stdout.splitlines()[-1] == "0", (done.stdout, done.stderr)
     assert "Traceback" not in done.stderr

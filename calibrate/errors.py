@@ -78,7 +78,7 @@ class DataError(QpipeError):
     exit_code = 4
 
 
-class EnvironmentError_(QpipeError):  # noqa: N801 - the plain name is a builtin
+class EnvironmentError_(QpipeError):  # noqa: N801, N818 - the plain name is a builtin
     """A package, an execution provider or the plugin is missing or unusable."""
 
     exit_code = 5

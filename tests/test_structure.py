@@ -22,7 +22,15 @@ SOURCES = sorted(
 STANDARD = frozenset(sys.stdlib_module_names) | {"__future__"}
 
 REGISTRIES = ("rules", "passes", "targets", "forms")
-FLOORS = {"calibrate": 0, "plugins": 1, "pipeline": 2, "stages": 4, "workflow": 4, "cli": 5, **dict.fromkeys(REGISTRIES, 3)}
+FLOORS = {
+    "calibrate": 0,
+    "plugins": 1,
+    "pipeline": 2,
+    "stages": 4,
+    "workflow": 4,
+    "cli": 5,
+    **dict.fromkeys(REGISTRIES, 3),
+}
 
 
 def floor_of(module: tuple[str, ...]) -> int:

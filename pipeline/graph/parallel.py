@@ -8,7 +8,12 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+import numpy as np
+
 T = TypeVar("T")
+
+_LARGEST_FREED = 2**25 - 2**16
+"""Just below the largest block for which glibc raises its thresholds."""
 
 
 def cores() -> int:
@@ -25,6 +30,7 @@ def in_order(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
     Args:
         jobs: Functions; taken from the iterable in this thread, one by one as they can be started.
     """
+    _keep_freed_memory()
     ahead = 2 * cores()
     waiting: deque[Future[T]] = deque()
     pool = ThreadPoolExecutor(cores(), thread_name_prefix="qpipe")
@@ -37,3 +43,12 @@ def in_order(jobs: Iterable[Callable[[], T]]) -> Iterator[T]:
             yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _keep_freed_memory() -> None:
+    """Let the C library keep freed blocks of a few megabytes for the next array.
+
+    glibc gives freed blocks back to the kernel, and getting them again costs several times what numpy then does with
+    them, until a block as large has been freed once: that raises its threshold. Elsewhere this does nothing.
+    """
+    np.empty(_LARGEST_FREED, np.uint8)

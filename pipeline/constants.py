@@ -75,8 +75,7 @@ def weight_of(tensor: gs.Tensor) -> Weight | None:
         if node is None or not node.inputs or node.domain:
             return None
         if node.op == "Transpose":
-            rank = len(node.inputs[0].shape or node.attrs.get("perm", ()))
-            steps.append(("T", tuple(node.attrs.get("perm", range(rank)[::-1]))))
+            steps.append(("T", tuple(node.attrs.get("perm", ()))))
         elif node.op == "Reshape" and isinstance(node.inputs[1], gs.Constant) and not node.attrs.get("allowzero", 0):
             steps.append(("R", tuple(int(d) for d in values(node.inputs[1]))))
         elif node.op != "Identity":
@@ -92,10 +91,11 @@ def _with_shape(constant: gs.Constant, steps: tuple[tuple[str, tuple[int, ...]],
     for kind, how in steps:
         shape = shapes[-1]
         if kind == "T":
-            if len(how) != len(shape):
+            order = how or tuple(range(len(shape)))[::-1]
+            if len(order) != len(shape):
                 return None
-            resolved.append((kind, how))
-            shapes.append(tuple(shape[axis] for axis in how))
+            resolved.append((kind, order))
+            shapes.append(tuple(shape[axis] for axis in order))
             continue
         target = tuple(shape[i] if d == 0 else d for i, d in enumerate(how))
         known = int(np.prod([d for d in target if d > 0]))

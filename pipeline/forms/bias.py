@@ -28,13 +28,14 @@ def int32_bias(bias: Array, data: QParams, weight: QParams) -> tuple[Array, Arra
     """Return a bias [out] as int32 codes [out], and their scales [out] or [1]; None when int32 cannot hold it.
 
     Args:
-        bias: Real values, finite.
+        bias: Real values.
         data: Of the input, one scale.
         weight: Of the weight, one scale or one per output channel.
     """
     scale = np.asarray(data.scale * weight.scale, dtype=np.float32).reshape(-1)
     codes = np.rint(bias.astype(np.float64) / scale.astype(np.float64))
-    if scale.min(initial=np.inf) < np.finfo(np.float32).tiny or np.abs(codes).max(initial=0) >= LARGEST:
+    # Written so that NaN does not fit either.
+    if scale.min(initial=np.inf) < np.finfo(np.float32).tiny or not (np.abs(codes) < LARGEST).all():
         return None
     return codes.astype(np.int32), scale
 

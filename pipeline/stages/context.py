@@ -114,7 +114,9 @@ class Context:
     def unfit(self, tensor: gs.Tensor) -> str:
         """Return why no static scale can be chosen for a tensor, ``""`` when one can."""
         if isinstance(tensor, gs.Constant) or weight_of(tensor) is not None:
-            return _unfit(tensor.name, self._of_constant(tensor))
+            counted = self._of_constant(tensor)
+            bad = f"{counted.nonfinite} values of the constant {tensor.name!r} are not finite"
+            return bad if counted.nonfinite else _unfit(tensor.name, counted)
         if self.calibration is None or tensor.name not in self.calibration.tensors:
             known = {} if self.calibration is None else self.calibration.not_covered
             why = known.get(tensor.name, "it was not seen during calibration")

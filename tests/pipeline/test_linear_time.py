@@ -1,0 +1,94 @@
+"""A graph of twice as many nodes takes twice as many steps, counted and not timed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper, numpy_helper
+from qpipe.calibrate.stats.histogram import Histogram
+from qpipe.pipeline import graph
+from qpipe.pipeline.calibration import Calibration, TensorStats
+from qpipe.pipeline.recipe import make_recipe
+from qpipe.pipeline.stages.decide import wanted_tensors
+from qpipe.pipeline.stages.prepare import prepare
+from qpipe.pipeline.stages.quantize import quantize_model
+from quantizing import normal
+
+
+def built(nodes: list[onnx.NodeProto], last: str, **weights: Any) -> onnx.ModelProto:
+    shape = [1, 4, 2, 2]
+    inner = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", 1, shape)],
+        [helper.make_tensor_value_info(last, 1, shape)],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    return helper.make_model(inner, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def chain(count: int) -> onnx.ModelProto:
+    """Products with normalizations, sums and moves, one behind the other."""
+    nodes, last = [], "x"
+    for i in range(count // 5):
+        nodes += [
+            helper.make_node("Conv", [last, "w"], [f"c{i}"]),
+            helper.make_node("BatchNormalization", [f"c{i}", "s", "s", "s", "s"], [f"n{i}"]),
+            helper.make_node("Relu", [f"n{i}"], [f"r{i}"]),
+            helper.make_node("Add", [f"r{i}", f"r{i}"], [f"a{i}"]),
+            helper.make_node("MaxPool", [f"a{i}"], [f"m{i}"], kernel_shape=[1, 1]),
+        ]
+        last = f"m{i}"
+    return built(nodes, last, w=normal(4, 4, 1, 1), s=np.abs(normal(4)) + 0.1)
+
+
+def fan(count: int) -> onnx.ModelProto:
+    """One tensor that all products read, and one operator that reads all of their results."""
+    nodes = [helper.make_node("Conv", ["x", "w"], ["h"])]
+    nodes += [helper.make_node("Conv", ["h", "w"], [f"c{i}"]) for i in range(count)]
+    nodes += [helper.make_node("Sum", [f"c{i}" for i in range(count)], ["y"])]
+    return built(nodes, "y", w=normal(4, 4, 1, 1))
+
+
+def moves(count: int) -> onnx.ModelProto:
+    """Codes that are moved many times: one group of tensors with one scale."""
+    nodes, last = [helper.make_node("Conv", ["x", "w"], ["h"])], "h"
+    for i in range(count):
+        nodes.append(helper.make_node("Transpose", [last], [f"t{i}"], perm=[0, 1, 3, 2]))
+        last = f"t{i}"
+    return built([*nodes, helper.make_node("Conv", [last, "w"], ["y"])], "y", w=normal(4, 4, 1, 1))
+
+
+def steps(work: Callable[[], Any]) -> int:
+    """Number of calls, of Python functions and of built-in ones."""
+    count = 0
+
+    def tick(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(tick)
+    try:
+        work()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+def quantized(source: onnx.ModelProto) -> int:
+    names = wanted_tensors(prepare(graph.from_proto(source)).graph)
+    statistics = Calibration(tensors=dict.fromkeys(names, TensorStats(histogram=Histogram.of(normal(100)))))
+    recipe = make_recipe(method="minmax", weights={"reduce_bits": 1})
+    return steps(lambda: quantize_model(prepare(graph.from_proto(source)), recipe, statistics))
+
+
+@pytest.mark.parametrize("build", [chain, fan, moves])
+def test_twice_the_nodes_take_twice_the_steps(build: Callable[[int], onnx.ModelProto]) -> None:
+    quantized(build(20))  # what is done once is done now
+    small, large = quantized(build(150)), quantized(build(300))
+    assert large < 2.2 * small

@@ -17,84 +17,39 @@ import numpy.typing as npt
 from ..calibrate.granularity import Granularity
 from .constants import Weight
 from .graph.constants import FileValues, stored
+from .graph.halves import widened
 from .graph.lazy import Reader, Region, regions
-from .graph.protos import is_packed
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
 
-_WINDOW = 2**25
-"""Bytes of a file that are mapped at a time where a region is scattered over it."""
-
 
 def reader_of(weight: Weight) -> Reader:
-    """Return a function that reads regions of a weight, in its own type.
+    """Return a function that reads regions of a weight, in its own type; see `Values.open`.
 
-    A region that lies in one piece of a data file is read into memory of its own; one that does not is gathered from
-    windows of the file. A weight in the model file is unpacked once, and held as long as the reader.
+    Through layout operators that turn the axes of a matrix, or change the shape of what a file holds, the region is
+    found in what is stored; through others, the weight is made as a whole.
     """
     held = stored(weight.constant)
-    if not isinstance(held, FileValues) or is_packed(held.tensor.data_type):
+    if isinstance(held, FileValues) and all(kind == "R" for kind, _ in weight.steps):
+        return held.open(weight.shape)
+    order = _order(weight)
+    if order is None:
         array = weight.values()
         return lambda region: array[region]
-    in_order = all(kind == "R" for kind, _ in weight.steps)
-
-    def read(region: Region) -> Array:
-        place = _piece(weight.shape, region) if in_order else None
-        if place is None:
-            return _gather(weight, region)
-        first, count = place
-        width = held.dtype.itemsize
-        data = held.source.read(first * width, count * width)
-        return np.frombuffer(data, held.dtype).reshape([part.stop - part.start for part in region])
-
-    return read
+    reader = held.open()
+    places = [order.index(axis) for axis in range(len(order))]
+    return lambda region: reader(tuple(region[place] for place in places)).transpose(order)
 
 
-def _piece(shape: tuple[int, ...], region: Region) -> tuple[int, int] | None:
-    """Return first element and number of elements of a region that lies in one piece in memory, None for another."""
-    first, count, inner = 0, 1, 1
-    for size, part in zip(reversed(shape), reversed(region), strict=True):
-        if part.stop - part.start > 1 and count != inner:
+def _order(weight: Weight) -> tuple[int, ...] | None:
+    """Return which stored axis each axis of a weight is, None where its shape is another one."""
+    order = tuple(range(len(weight.constant.shape)))
+    for kind, how in weight.steps:
+        if kind != "T":
             return None
-        first += part.start * inner
-        count *= part.stop - part.start
-        inner *= size
-    return first, count
-
-
-def _gather(weight: Weight, region: Region) -> Array:
-    view = weight.values()
-    axis = int(np.argmax(np.abs(view.strides)))
-    step = max(1, _WINDOW // max(1, abs(view.strides[axis])))
-    result = np.empty(tuple(part.stop - part.start for part in region), view.dtype)
-    start, stop = region[axis].start, region[axis].stop
-    for low in range(start, stop, step):
-        high = min(low + step, stop)
-        inside = (*region[:axis], slice(low, high), *region[axis + 1 :])
-        place = (slice(None),) * axis + (slice(low - start, high - start),)
-        # Mapped anew for each window: what is no longer mapped takes no memory.
-        result[place] = weight.values()[inside]
-    return result
-
-
-def widened(x: Array) -> F32:
-    """Return values of any float type as float32, exactly.
-
-    float16 is moved into the bits of a float32 and multiplied by 2^112, the difference of the biases; numpy's own cast
-    takes several times as long.
-    """
-    if x.dtype != np.float16:
-        return np.asarray(x, dtype=np.float32)
-    bits = np.ascontiguousarray(x).view(np.int16)
-    if (bits & np.int16(0x7FFF)).max(initial=0) >= 0x7C00:
-        return x.astype(np.float32)
-    wide = bits.astype(np.int32)
-    wide <<= 13
-    wide &= np.int32(-0x70002000)
-    result = wide.view(np.float32)
-    result *= np.float32(2.0**112)
-    return result
+        order = tuple(order[axis] for axis in how)
+    return order
 
 
 def extremes(x: Array, granularity: Granularity) -> tuple[F32, F32]:
@@ -192,16 +147,14 @@ def extent_jobs(weight: Weight, granularity: Granularity) -> Iterator[Callable[[
 
     Regions follow the order of the file, whatever way round the operator sees the weight.
     """
-    view = weight.values()
-    order = tuple(int(i) for i in np.argsort([-abs(stride) for stride in view.strides], kind="stable"))
-    turned = tuple(view.shape[axis] for axis in order)
-    del view
+    order = _order(weight) or tuple(range(len(weight.shape)))
+    stored_shape = tuple(weight.shape[order.index(axis)] for axis in range(len(order)))
     reader = reader_of(weight)
 
     def of(part: Region) -> tuple[Region, F32, F32]:
-        region = tuple(part[order.index(axis)] for axis in range(len(order)))
+        region = tuple(part[axis] for axis in order)
         lo, hi = extremes(reader(region), granularity)
         return scale_region(region, granularity, len(order)), lo, hi
 
-    for part in regions(turned, multiple=math.lcm(8, granularity.block_size or 1)):
+    for part in regions(stored_shape, multiple=math.lcm(8, granularity.block_size or 1)):
         yield partial(of, part)

@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from ..calibrate.qarray import QArray, QParams, Spec, quantize
 from .constants import Weight
-from .extents import reader_of, scale_region, widened
+from .extents import reader_of, scale_region
 from .graph import Lazy
+from .graph.halves import widened
 from .graph.lazy import Reader, Region
 from .graph.parallel import in_order
 from .graph.scratch import keep

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .checking import check, check_proto
-from .constants import computed, constant, stored_size, values
+from .constants import computed, constant, recast, stored_size, values
 from .exporter import to_proto
 from .identity import Topology, model_hash, topology
 from .importer import clone, from_proto
@@ -32,6 +32,7 @@ __all__ = [
     "load",
     "model_hash",
     "producer",
+    "recast",
     "save",
     "stored_size",
     "to_proto",

@@ -21,15 +21,18 @@ from onnx_graphsurgeon.ir.tensor import LazyValues, SparseValues
 
 from ...calibrate.errors import ModelError
 from .external import CHUNK, FileRange
-from .lazy import Lazy
+from .halves import widened
+from .lazy import Lazy, Reader, Region, piece
 from .parallel import in_order
-from .protos import Array, byte_size, header, numpy_type, onnx_type_of, pack, unpack
+from .protos import Array, byte_size, header, is_packed, numpy_type, onnx_type_of, pack, unpack
 from .scratch import LARGE, keep
 
 Job = Callable[[], Any]
 """Makes some bytes, as an object with the buffer interface, in whatever thread it is called."""
 
 _KEYS = itertools.count(1)
+_WINDOW = 2**25
+"""Bytes of a file that are mapped at a time where a region is scattered over it."""
 
 
 class Values(LazyValues):  # type: ignore[misc]
@@ -63,6 +66,11 @@ class Values(LazyValues):  # type: ignore[misc]
         """Yield the packed bytes in order, a few megabytes at a time where they are not in memory anyway."""
         return (job() for job in self.jobs())
 
+    def open(self) -> Reader:
+        """Return a function that reads regions, for one pass; here the values are unpacked once and held by it."""
+        array = self.read()
+        return lambda region: array[region]
+
     def load(self) -> Array:
         """Return a copy of the values; what graphsurgeon calls when ``.values`` is touched."""
         return np.array(self.read())
@@ -95,6 +103,34 @@ class FileValues(KeyedValues):
         """Return the values [shape], a read-only view of the mapped file unless the type is packed."""
         return unpack(self.source.map(), self.tensor)
 
+    def open(self, shape: tuple[int, ...] | None = None) -> Reader:
+        """Return a function that reads regions of the values, seen in another ``shape`` if one is given.
+
+        A region that lies in one piece of the file is read into memory of its own, one that does not is gathered from
+        windows of the file; nothing is held.
+        """
+        if is_packed(self.tensor.data_type):
+            array = self.read().reshape(shape or self.shape)
+            return lambda region: array[region]
+        return partial(self._region, shape or self.shape)
+
+    def _region(self, shape: tuple[int, ...], region: Region) -> Array:
+        sizes, width = [part.stop - part.start for part in region], self.dtype.itemsize
+        place = piece(shape, region)
+        if place is not None:
+            first, count = place
+            return np.frombuffer(self.source.read(first * width, count * width), self.dtype).reshape(sizes)
+        axis = next(axis for axis, size in enumerate(sizes) if size > 1)
+        step = max(1, _WINDOW // (width * int(np.prod(shape[axis + 1 :]))))
+        result = np.empty(sizes, self.dtype)
+        for start in range(0, sizes[axis], step):
+            stop = min(start + step, sizes[axis])
+            window = slice(region[axis].start + start, region[axis].start + stop)
+            # Mapped anew for each window: what is no longer mapped takes no memory.
+            values = self.read().reshape(shape)[(*region[:axis], window, *region[axis + 1 :])]
+            result[(slice(None),) * axis + (slice(start, stop),)] = values
+        return result
+
     def jobs(self) -> Iterator[Job]:
         """Yield functions that read the bytes of the file, a few megabytes each."""
         for start in range(0, self.source.length, CHUNK):
@@ -121,9 +157,19 @@ class PackedValues(KeyedValues):
 class ComputedValues(KeyedValues):
     """Values that are made anew, block after block, each time they are read."""
 
-    def __init__(self, tensor: TensorProto, blocks: Callable[[], Iterable[Array | Callable[[], Array]]]) -> None:
+    def __init__(
+        self,
+        tensor: TensorProto,
+        blocks: Callable[[], Iterable[Array | Callable[[], Array]]],
+        opener: Callable[[], Reader] | None = None,
+    ) -> None:
         super().__init__(tensor)
         self._blocks = blocks
+        self._opener = opener
+
+    def open(self) -> Reader:
+        """Return a function that makes regions; all is made at once where the blocks are not known by region."""
+        return self._opener() if self._opener is not None else super().open()
 
     def read(self) -> Array:
         """Return all blocks in one array [shape]."""
@@ -157,7 +203,9 @@ def constant(name: str, array: npt.ArrayLike | Lazy, onnx_type: str | int | None
         A constant whose values are packed already; graphsurgeon passes it through as it is.
     """
     if isinstance(array, Lazy):
-        return computed(name, array.shape, onnx_type_of(array.dtype) if onnx_type is None else onnx_type, array.jobs)
+        number = onnx_type_of(array.dtype) if onnx_type is None else _type_number(onnx_type)
+        tensor = TensorProto(name=name, data_type=number, dims=array.shape)
+        return Constant(name, ComputedValues(tensor, array.jobs, array.open))
     data = np.asarray(array)
     number = _type_number(onnx_type) if onnx_type is not None else None
     if number is not None:
@@ -185,6 +233,30 @@ def computed(
     """
     tensor = TensorProto(name=name, data_type=_type_number(onnx_type), dims=tuple(shape))
     return Constant(name, ComputedValues(tensor, blocks))
+
+
+def recast(name: str, tensor: Constant, onnx_type: str | int) -> Constant:
+    """Make a constant with the values of another one in another type, cast region by region when they are read.
+
+    Args:
+        name: Name of the new tensor.
+        tensor: Where the values lie.
+        onnx_type: Name in TensorProto.DataType, or its number.
+    """
+    held, dtype = stored(tensor), numpy_type(_type_number(onnx_type))
+
+    def opener() -> Reader:
+        reader = held.open()
+        return lambda region: _cast(reader(region), dtype)
+
+    return constant(name, Lazy(held.shape, dtype, opener), onnx_type)
+
+
+def _cast(array: Array, dtype: np.dtype[Any]) -> Array:
+    if dtype == np.float32:
+        return widened(array)
+    with np.errstate(over="ignore"):
+        return array.astype(dtype)
 
 
 def _type_number(onnx_type: str | int) -> int:

@@ -49,6 +49,18 @@ def regions(shape: tuple[int, ...], limit: int = REGION, multiple: int = 8) -> I
             yield (*before, slice(start, min(start + step, shape[axis])), *rest)
 
 
+def piece(shape: tuple[int, ...], region: Region) -> tuple[int, int] | None:
+    """Return first element and number of elements of a region that lies in one piece in memory, None for another."""
+    first, count, inner = 0, 1, 1
+    for size, part in zip(reversed(shape), reversed(region), strict=True):
+        if part.stop - part.start > 1 and count != inner:
+            return None
+        first += part.start * inner
+        count *= part.stop - part.start
+        inner *= size
+    return first, count
+
+
 class Lazy:
     """An array that is made each time it is read.
 

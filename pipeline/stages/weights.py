@@ -27,9 +27,10 @@ from ...calibrate.stats.gram import Gram
 from ...calibrate.weights import WEIGHT_METHODS, WeightMethod, WeightStats
 from ..calibration import Calibration
 from ..constants import Weight, weight_of
-from ..extents import Extent, extent_jobs, reader_of, widened
+from ..extents import Extent, extent_jobs, reader_of
 from ..graph import all_graphs
 from ..graph.constants import Values
+from ..graph.halves import widened
 from ..graph.lazy import Region, regions
 from ..graph.parallel import in_order
 from ..graph.scratch import keep

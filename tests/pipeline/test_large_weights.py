@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -18,8 +19,9 @@ from qpipe.calibrate.qarray import QArray, Spec
 from qpipe.calibrate.weights import WEIGHT_METHODS
 from qpipe.pipeline import graph, streaming
 from qpipe.pipeline.constants import weight_of
-from qpipe.pipeline.extents import Extent, extent_jobs, extremes, reader_of, widened
+from qpipe.pipeline.extents import Extent, extent_jobs, extremes, reader_of
 from qpipe.pipeline.graph import lazy
+from qpipe.pipeline.graph.halves import widened
 from qpipe.pipeline.graph.lazy import Lazy, by_rows, regions
 from qpipe.pipeline.layouts import layout_of
 from qpipe.pipeline.plan import Decision, Plan, Site
@@ -43,7 +45,8 @@ def small_regions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make even small weights fall into many pieces."""
     monkeypatch.setattr(lazy.regions, "__defaults__", (256, 8))
     monkeypatch.setattr(streaming, "_STRIP", 200)
-    monkeypatch.setattr("qpipe.pipeline.extents._WINDOW", 512)
+    # By name the package gives a function of that name.
+    monkeypatch.setattr(sys.modules["qpipe.pipeline.graph.constants"], "_WINDOW", 512)
     monkeypatch.setattr("qpipe.pipeline.graph.scratch.LARGE", 128)
 
 
@@ -300,3 +303,22 @@ def test_a_weight_is_looked_at_once_before_its_codes_are_made(tmp_path: Path, mo
     assert sum(read) == 64 * 48 * 2
     np.asarray(found.q)
     assert sum(read) == 2 * 64 * 48 * 2
+
+
+@pytest.mark.parametrize("place", ["memory", "external", "turned"])
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_constant_in_another_type_is_cast_region_by_region(tmp_path: Path, dtype: str, place: str) -> None:
+    model = placed(tmp_path, values_of((64, 48), dtype), "MatMul", place)
+    node, tensor = weight_in(model)
+    weight = weight_of(tensor)
+    assert weight is not None
+    for onnx_type, wanted in (("FLOAT", np.float32), ("FLOAT16", np.float16), ("BFLOAT16", ml_dtypes.bfloat16)):
+        cast = graph.recast("cast", weight.constant, onnx_type)
+        expected = np.asarray(graph.values(weight.constant)).astype(wanted)
+        assert graph.values(cast).tobytes() == expected.tobytes()
+        through = weight_of(cast)
+        assert through is not None
+        assert reader_of(through)((slice(3, 30), slice(5, 40))).tobytes() == expected[3:30, 5:40].tobytes()
+    node.inputs[1] = graph.recast("cast", weight.constant, "FLOAT")
+    spec = Spec(format=FORMATS.get("int4"), granularity=per_block(0, 8))
+    assert_equal(*both_ways(model, spec, "rtn"))

@@ -11,8 +11,22 @@ from typing import Any
 __version__ = "0.1.0"
 
 _PUBLIC: dict[str, str] = {
+    "Calibration": "pipeline.calibration",
+    "Exportable": "pipeline.exportable",
+    "Job": "pipeline.workflow",
+    "Plan": "pipeline.plan",
     "QpipeError": "calibrate.errors",
+    "Recipe": "pipeline.recipe",
+    "check_qdq": "pipeline.qdq_check",
+    "collect": "pipeline.stages.collect",
+    "export": "pipeline.stages.export",
+    "load": "pipeline.graph",
+    "make_recipe": "pipeline.recipe",
+    "quantize_file": "pipeline.workflow",
+    "save": "pipeline.graph",
+    "validate": "pipeline.stages.validate",
 }
+"""Public name -> the module that holds it."""
 
 __all__ = ["__version__", *_PUBLIC]
 

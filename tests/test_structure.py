@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median, quantiles
 
 import pytest
+import qpipe
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted(
@@ -175,6 +176,12 @@ def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip().splitlines()[-1] == "HEAVY [] 0"
+
+
+def test_public_names_exist() -> None:
+    for name in qpipe.__all__:
+        assert getattr(qpipe, name) is not None
+    assert set(qpipe.__all__) <= set(dir(qpipe))
 
 
 def test_importing_the_package_is_cheap() -> None:

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from ...calibrate.formats import FORMATS
+from ..constants import dtype_name
 from ..graph import values
 from ..plan import Plan
 from ..precision import retype
@@ -37,6 +38,8 @@ def narrow(graph: gs.Graph, plan: Plan, border: Mapping[str, str], *, half_scale
             return kinds[node.name]
         if node.op not in ("QuantizeLinear", "DequantizeLinear") or not half_scales:
             return None
+        if dtype_name(node.inputs[0]) == "int32":
+            return None  # The scale of a bias is a product, which half precision would round.
         # A pair has one scale, so it goes as a whole with the operators that read it.
         behind = {colour(reader) for reader in node.outputs[0].outputs}
         kind = behind.pop() if len(behind) == 1 else None

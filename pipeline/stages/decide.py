@@ -1,7 +1,7 @@
 """Decide: graph, calibration, recipe and target become a `Plan`; nothing is changed here.
 
 Every node gets decisions, and one that stays in float a reason. Operators that multiply by a weight are decided on
-their own (`_weighted`); around them regions of codes grow and are pruned (see `regions`). Each graph, the main one and
+their own (`_weighted`); around them regions of codes grow (see `regions`). Each graph, the main one and
 every body of If, Loop and Scan, is decided for itself.
 """
 
@@ -173,10 +173,6 @@ def _decide_graph(graph: gs.Graph, context: Context, draft: _Draft) -> dict[str,
         refusal = _decide_node(node, context, draft, regions)
         if refusal:
             draft.keep(node, refusal)
-    regions.prune()
-    for node in graph.nodes:
-        if regions.is_pruned(node):
-            draft.keep(node, "moves values from codes to float operators: nothing behind it reads codes")
     for node, rule in regions.members():
         _decide_member(node, rule, context, draft, regions)
     return regions.groups()

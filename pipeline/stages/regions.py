@@ -1,9 +1,10 @@
 """Regions of a graph in which tensors are codes, and which of them share one scale.
 
 A region starts at a *seed*, an operator that multiplies by a weight, and *grows*: where a seed's output is codes,
-operators that compute on codes or move them join in while all their inputs are codes or constants. Then it is *pruned*:
-operators that only move codes leave again when nothing behind them reads codes. Regions end at the border of a body of
-If, Loop or Scan: no runtime fuses across it.
+operators that compute on codes or move them join in while all their inputs are codes or constants. Operators that only
+move codes join whoever reads them: the DequantizeLinear is as good behind them, and ONNX Runtime moves it there anyway
+(and fails when it then meets the border of a body, or int8 at opset 21). Regions end at the border of a body of If,
+Loop or Scan: no runtime fuses across it.
 """
 
 from __future__ import annotations
@@ -33,14 +34,11 @@ class Regions:
     _codes: dict[int, gs.Tensor] = field(default_factory=dict)
     _places: dict[str, gs.Tensor] = field(default_factory=dict)
     _absorbed: set[str] = field(default_factory=set)
-    _pruned: set[str] = field(default_factory=set)
     _parent: dict[str, str] = field(default_factory=dict)
     _outputs: set[int] = field(default_factory=set)
-    _local: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self._outputs = {id(tensor) for tensor in self.graph.outputs}
-        self._local = {node.name for node in self.graph.nodes}
 
     def seed(self, node: gs.Node, rule: OpRule, *, gives_codes: bool) -> None:
         """Start a region at a node whose data inputs are codes, and whose output is codes too if it ``gives_codes``."""
@@ -65,19 +63,6 @@ class Regions:
         if not unfit:
             self._admit(node, rule, [t for t in inputs if self.is_codes(t)])
         return unfit
-
-    def prune(self) -> None:
-        """Let operators that only move codes leave again where nothing behind them reads codes."""
-        for name, (node, rule) in reversed(list(self._members.items())):
-            if rule.kind == "passthrough" and not any(self._reads_codes(t) for t in node.outputs):
-                del self._members[name]
-                self._pruned.add(name)
-                for tensor in node.outputs:
-                    self._codes.pop(id(tensor), None)
-
-    def is_pruned(self, node: gs.Node) -> bool:
-        """Whether an operator joined and left again."""
-        return node.name in self._pruned
 
     def members(self) -> Iterator[tuple[gs.Node, OpRule]]:
         """Yield the operators of all regions with their rules, in topological order."""
@@ -122,10 +107,6 @@ class Regions:
             self._absorbed.add(tensor.inputs[0].name)
         self._codes[id(tensor)] = tensor
         self._places[node.name] = tensor
-
-    def _reads_codes(self, tensor: gs.Tensor) -> bool:
-        # A body reads behind a quantizer too: ONNX Runtime crashes when it moves a DequantizeLinear up to its border.
-        return any(c.name in self._members or c.name not in self._local for c in tensor.outputs)
 
     def _find(self, name: str) -> str:
         root = name

@@ -66,6 +66,7 @@ def keep(array: Array) -> Array:
         return whole
     try:
         with _lock:
+            release()
             if not _current or _current[0].left < whole.nbytes:
                 _current[:] = [_Segment(max(_SEGMENT, -(-whole.nbytes // _PAGE) * _PAGE))]
             return _current[0].put(whole)

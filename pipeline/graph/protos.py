@@ -88,7 +88,8 @@ def without_weights(proto: onnx.ModelProto) -> onnx.ModelProto:
     light.graph.CopyFrom(without(proto.graph, "initializer"))
     for tensor in proto.graph.initializer:
         bare = light.graph.initializer.add()
-        if len(tensor.raw_data) <= _SMALL:
+        # Its sizes say how much data it has: looking at the data itself would copy it.
+        if not tensor.HasField("raw_data") or byte_size(tensor.data_type, tensor.dims) <= _SMALL:
             bare.CopyFrom(tensor)
         else:
             bare.CopyFrom(header(tensor))
@@ -139,7 +140,7 @@ def all_tensors(message: Any) -> Iterator[TensorProto]:
 
 def flaws(message: Any) -> Iterator[str]:
     """Yield what makes a message unreadable although it parses: names that are no UTF-8, unknown element types."""
-    for descriptor, value in message.ListFields():
+    for descriptor, value in _texts_of(message) if isinstance(message, TensorProto) else message.ListFields():
         if descriptor.type == descriptor.TYPE_STRING:
             # protobuf hands out text that is no UTF-8 as bytes instead of refusing it.
             texts = (value,) if isinstance(value, str | bytes) else value
@@ -150,6 +151,12 @@ def flaws(message: Any) -> Iterator[str]:
         elif descriptor.message_type is not None:
             for part in (value,) if hasattr(value, "ListFields") else value:
                 yield from flaws(part)
+
+
+def _texts_of(tensor: TensorProto) -> Iterator[tuple[Any, Any]]:
+    """Yield the fields of a tensor that hold text or messages, and what is in them."""
+    for name in ("name", "doc_string", "external_data", "metadata_props"):
+        yield TensorProto.DESCRIPTOR.fields_by_name[name], getattr(tensor, name)
 
 
 def keyed_tensors(message: Any) -> Iterator[TensorProto]:

@@ -11,7 +11,7 @@ each (``posix_fadvise``); the system's cache as a whole cannot be dropped withou
 from memory. The output is opened in ONNX Runtime, and two of its layers are compared with what quantizing them in
 memory gives.
 
-All are for the default target. ``w4`` is round to nearest in blocks of 32 (MatMulNBits), ``w4-qdq`` the same in standard
+All are for the default target. ``w4`` is round to nearest in blocks of 32 (MatMulNBits), ``w4-qdq`` the same in plain
 ONNX; ``w4-mse`` is the scheme ``w4`` as it comes, which searches scales and spends its time on that.
 """
 

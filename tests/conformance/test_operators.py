@@ -173,7 +173,7 @@ CASES = [
     Case("AveragePool", "z = AveragePool<kernel_shape=[2,2]>(h)", "QLinearAveragePool"),
     Case("GlobalAveragePool", "z = GlobalAveragePool(h)", "QLinearGlobalAveragePool"),
     Case("MaxPool", "z = MaxPool<kernel_shape=[2,2], strides=[2,2]>(h)", "MaxPool"),
-    Case("Concat", "t = Concat<axis=3>(h, h)  z = Relu(t)", "QLinearConv"),
+    Case("Relu behind Concat", "t = Concat<axis=3>(h, h)  z = Relu(t)", "QLinearConv"),
     Case("Concat codes", "z = Concat<axis=3>(h, h)", "QLinearConcat"),
     Case("Concat constant", "z = Concat<axis=2>(h, k)", "QLinearConcat", {"k": normal(2, 4, 1, 6)}),
     Case("Split", "a, b = Split<axis=2, num_outputs=2>(h)  z = Concat<axis=2>(b, a)", "Split"),
@@ -251,6 +251,6 @@ def test_onnxruntime_runs_it_on_codes(case: Case, tmp_path: Path) -> None:
     assert any(case.runs in op for op in ops), "NhwcMaxPool is a MaxPool"
     assert not {"Conv", "Gemm", "MatMul", "FusedConv", "FusedGemm"} & set(ops)
     # A Clip or Relu that does not cut where the codes end is a float island; what is multiplied never is.
-    assert ops.count("QuantizeLinear") <= (2 if case.name in ("Clip", "Where") else 1)
+    assert ops.count("QuantizeLinear") <= (2 if case.name in ("Clip", "Where", "Relu behind Concat") else 1)
     for batch in random_batches(source, 1):
         run(found.proto, batch, exact=False)

@@ -24,6 +24,11 @@ Array = npt.NDArray[Any]
 Quantizer = Callable[[Array, Spec, Layout], QArray]
 """Quantizes a weight, or some of its output channels, given in its operator's own layout."""
 
+ROUNDING = frozenset({"rtn", "rtn_mse", "hqq", "fixed"})
+"""Algorithms that round to the nearest code: their scales say everything."""
+STRIPS = frozenset({"rtn", "rtn_mse", "hqq"})
+"""Algorithms that quantize each output channel for itself, given a scale per channel or per block."""
+
 _STRIP = 2**20
 """Elements of a strip of output channels."""
 

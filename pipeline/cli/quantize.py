@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +16,11 @@ from .options import DEVICE, FORCE, JSON, MODEL, QUIET, data_options
 
 if TYPE_CHECKING:
     from ..calibration import Calibration
+    from ..estimate import Cost
     from ..graph import Model
     from ..plan import Plan
     from ..recipe import Recipe
+    from ..stages.preview import Preview
     from ..stages.quantize import Quantized
     from ..workflow import Job
 
@@ -39,7 +43,7 @@ if TYPE_CHECKING:
 @click.option("--recipe", type=click.Path(path_type=Path), help="Recipe file (YAML); flags win over its keys.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only nodes that match: glob, re:, op:.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave matching nodes in float.")
-@click.option("--dry-run", is_flag=True, help="Print the plan and stop.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and what it will take, and stop.")
 @click.option("--why", is_flag=True, help="List every node with the reason of its decision.")
 @click.option("--save-plan", type=click.Path(path_type=Path), help="Write the plan as JSON.")
 @click.option("--save-recipe", type=click.Path(path_type=Path), help="Write the recipe that all flags amount to.")
@@ -56,20 +60,49 @@ def command(model: Path, output_path: Path | None, **given: Any) -> None:
     """Quantize MODEL. Without --calib, statistics are collected from --data first."""
     if output_path is None and not given["dry_run"]:
         raise UsageError("no output was named", expected="-o FILE, or --dry-run", do="qpipe quantize m.onnx -o q.onnx")
+    from ..estimate import measured
     from ..graph import save
+    from ..stages.preview import preview
     from ..stages.quantize import QuantizeOptions
     from ..workflow import Job
 
-    recipe = _recipe(given)
+    start, recipe = time.monotonic(), _recipe(given)
     job = Job.open(model, convert=given["upgrade"], allow_hardlinks=given["allow_hardlinks"])
-    before = _weight_bytes(job.model)
+    before, opened = _weight_bytes(job.model), time.monotonic()
+    calibration = _calibration(job, recipe, given)
+    collected = time.monotonic()
+    folder = (output_path or model).absolute().parent
+    coming = preview(job.model, recipe, calibration, folder, opened - start)
+    if given["dry_run"]:
+        _save_side_files(coming.plan, recipe, given)
+        sizes = (before, coming.cost.output_bytes)
+        _report(coming, recipe, given, _Outcome(opset=job.model.opset, sizes=sizes, expected=coming.cost))
+        return
+    if not given["quiet"]:
+        output.note(f"estimated: {_costs(coming.cost)}")
     options = QuantizeOptions(skip_nonfinite=given["skip_nonfinite"], requantize=given["requantize"])
-    result = job.quantize(recipe, _calibration(job, recipe, given), options)
+    result = job.quantize(recipe, calibration, options)
     _save_side_files(result.plan, recipe, given)
-    written: list[Path] = []
-    if output_path is not None and not given["dry_run"]:
-        written = save(result.model, output_path, force=given["force"])
-    _report(result, recipe, given, (before, written))
+    assert output_path is not None
+    written = save(result.model, output_path, force=given["force"])
+    took = measured(written, time.monotonic() - start - (collected - opened))
+    sizes = (before, _weight_bytes(result.model))
+    outcome = _Outcome(
+        opset=result.model.opset, sizes=sizes, written=written, notes=result.notes, took=took, expected=coming.cost
+    )
+    _report(result, recipe, given, outcome)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outcome:
+    """What became of a model: nothing yet in a dry run."""
+
+    opset: int
+    sizes: tuple[int, int]
+    expected: Cost
+    written: list[Path] = field(default_factory=list)
+    notes: tuple[str, ...] = ()
+    took: Cost | None = None
 
 
 def _recipe(given: dict[str, Any]) -> Recipe:
@@ -156,22 +189,23 @@ def _weight_bytes(model: Model) -> int:
     return sum(stored_size(constant) for constant in constants(model.graph))
 
 
-def _report(result: Quantized, recipe: Recipe, given: dict[str, Any], sizes: tuple[int, list[Path]]) -> None:
+def _report(result: Quantized | Preview, recipe: Recipe, given: dict[str, Any], outcome: _Outcome) -> None:
     nodes = result.plan.nodes()
     quantized = [d for d in nodes.values() if d.spec is not None]
     kept = [d for d in nodes.values() if d.spec is None]
-    before, written = sizes
-    after = _weight_bytes(result.model)
+    before, after = outcome.sizes
     methods = Counter(s.method for s in result.activations.values())
     data = {
-        "written": [str(p) for p in written],
+        "written": [str(p) for p in outcome.written],
         "quantized_nodes": len(quantized),
         "kept_nodes": len(kept),
         "weight_bytes_before": before,
         "weight_bytes_after": after,
         "methods": dict(methods),
-        "opset": result.model.opset,
-        "notes": list(result.notes),
+        "opset": outcome.opset,
+        "notes": list(outcome.notes),
+        "estimate": outcome.expected.to_dict(),
+        "measured": outcome.took.to_dict() if outcome.took else None,
         "plan": result.plan.to_dict(),
     }
     lines = [
@@ -179,7 +213,7 @@ def _report(result: Quantized, recipe: Recipe, given: dict[str, Any], sizes: tup
         + (", ".join(f"{name} ({n})" for name, n in methods.most_common()) or "none needed"),
         f"quantized {len(quantized)} of {len(nodes)} nodes, weights {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB",
     ]
-    for note in result.notes:
+    for note in outcome.notes:
         output.warn(note)
     if not quantized:
         output.warn("nothing was quantized; the reasons are below")
@@ -191,8 +225,26 @@ def _report(result: Quantized, recipe: Recipe, given: dict[str, Any], sizes: tup
     else:
         lines += ["left in float (qpipe quantize --why lists every node):"]
         lines += output.table(["nodes", "reason"], [[n, reason] for reason, n in _reasons(kept).most_common()])
-    lines += [f"wrote {path}" for path in written]
+    lines += _cost_lines(outcome)
+    lines += [f"wrote {path}" for path in outcome.written]
     output.emit(data, given["as_json"], lines)
+
+
+def _cost_lines(outcome: _Outcome) -> list[str]:
+    """Return what was expected, beside what was measured where something was done."""
+    if outcome.took is None:
+        return [f"estimated: {_costs(outcome.expected)}; weights were not read, nothing was written"]
+    rows = [["estimated", *_cells(outcome.expected)], ["measured", *_cells(outcome.took)]]
+    return output.table(["", "output", "peak memory", "time"], rows)
+
+
+def _costs(cost: Cost) -> str:
+    size, peak, seconds = _cells(cost)
+    return f"output {size}, peak memory {peak}, time {seconds}"
+
+
+def _cells(cost: Cost) -> list[str]:
+    return [f"{cost.output_bytes / 1e6:.1f} MB", f"{cost.peak_bytes / 1e6:.0f} MB", f"{cost.seconds:.1f} s"]
 
 
 def _stored(decision: Any) -> str:

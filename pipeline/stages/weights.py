@@ -36,15 +36,10 @@ from ..graph.parallel import in_order
 from ..graph.scratch import keep
 from ..layouts import Layout, layout_of
 from ..plan import Decision, Plan, Site
-from ..streaming import in_strips, kept, lazy_codes
+from ..streaming import ROUNDING, STRIPS, in_strips, kept, lazy_codes
 
 Array = npt.NDArray[Any]
 Key = tuple[str, Spec | None, str]
-
-ROUNDING = frozenset({"rtn", "rtn_mse", "hqq", "fixed"})
-"""Algorithms that round to the nearest code: their scales say everything."""
-STRIPS = frozenset({"rtn", "rtn_mse", "hqq"})
-"""Algorithms that quantize each output channel for itself, given a scale per channel or per block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

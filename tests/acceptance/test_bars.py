@@ -1,0 +1,55 @@
+"""The bars that the main job has to clear, on the reference models, in exact semantics."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from qpipe.models.comparison import Row, Subject, compare, qpipe
+
+pytestmark = [pytest.mark.slow, pytest.mark.torch]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bars")
+
+
+def rows(name: str, folder: Path, *schemes: str) -> dict[str, Row]:
+    pytest.importorskip("torch")
+    found = compare(Subject.export(name, folder), {scheme: qpipe(scheme=scheme) for scheme in schemes})
+    assert [row.error for row in found if row.error] == []
+    return {row.config: row for row in found}
+
+
+def test_digits_cnn_loses_at_most_three_tenths_of_a_point(folder: Path) -> None:
+    found = rows("digits_cnn", folder, "w8a8")
+    assert found["float"].metrics["accuracy"] >= 0.985
+    assert found["w8a8"].metrics["accuracy"] >= found["float"].metrics["accuracy"] - 0.003
+    assert found["w8a8"].deployed["accuracy"] >= found["float"].metrics["accuracy"] - 0.003
+
+
+def test_tiny_gpt_stays_within_one_percent(folder: Path) -> None:
+    found = rows("tiny_gpt", folder, "w8a8", "w8a8-outlier")
+    limit = 1.01 * found["float"].metrics["perplexity"]
+    assert found["w8a8"].metrics["perplexity"] <= limit
+    assert found["w8a8"].deployed["perplexity"] <= limit
+    assert found["w8a8-outlier"].metrics["perplexity"] <= 1.005 * found["float"].metrics["perplexity"]
+
+
+def test_minilm_keeps_its_neighbours(folder: Path) -> None:
+    found = rows("minilm", folder, "w8a8", "w8a8-outlier")
+    assert found["w8a8"].metrics["cosine_mean"] >= 0.992
+    assert found["w8a8"].metrics["recall_at_10"] >= 0.89
+    assert abs(found["w8a8"].metrics["cosine_mean"] - found["w8a8"].deployed["cosine_mean"]) < 5e-4, "no saturation"
+    assert found["w8a8-outlier"].metrics["cosine_mean"] >= 0.9994
+    assert found["w8a8-outlier"].metrics["recall_at_10"] >= 0.97
+
+
+def test_planted_outliers_ruin_a_shared_scale_and_not_outlier_columns(folder: Path) -> None:
+    gpt = rows("tiny_gpt+outliers", folder, "w8a8", "w8a8-outlier")
+    assert gpt["w8a8-outlier"].metrics["perplexity"] <= 1.005 * gpt["float"].metrics["perplexity"]
+    assert gpt["w8a8"].metrics["perplexity"] > 1.02 * gpt["float"].metrics["perplexity"]
+    encoder = rows("minilm+outliers", folder, "w8a8", "w8a8-outlier")
+    assert encoder["w8a8-outlier"].metrics["cosine_mean"] >= 0.999
+    assert encoder["w8a8"].metrics["cosine_mean"] < 0.97

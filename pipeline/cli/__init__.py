@@ -92,10 +92,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output.note(str(cause) or "stopped")
         return int(getattr(cause, "exit_code", INTERRUPTED))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter's last flush finds somewhere to go
-        return 0
+        return _reader_gone()
+    except SystemExit as stop:  # click leaves by it when the reader of a pipe is gone
+        if isinstance(stop.__context__, BrokenPipeError):
+            return _reader_gone()
+        raise
     except Exception as error:  # noqa: BLE001 - the last line of defence: a bug must not look like a result
         return output.bug(error)
+    return 0
+
+
+def _reader_gone() -> int:
+    """End quietly: whoever read our output has seen enough (``| head``)."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # so that the interpreter's last flush finds somewhere to go
     return 0
 
 

@@ -42,7 +42,6 @@ _SAMPLE_BYTES = 2**25
 _SAMPLE = (64, 1024)
 """Outputs and inputs of the array that is quantized on trial."""
 
-_PAGE = 4096
 _IN_FLIGHT = 2 * cores() * (16 * REGION + CHUNK) + 2**26
 """Bytes of the regions under work, and freed ones that the C library keeps."""
 
@@ -115,7 +114,7 @@ def estimate(model: Model, plan: Plan, folder: Path, spent: float) -> Cost:
     replaced = {id(task.weight.constant): stored_size(task.weight.constant) for task in tasks}
     stored_bytes = sum(task.code_bytes + task.parameter_bytes for task in tasks)
     nodes = sum(len(graph.nodes) for graph in all_graphs(model.graph))
-    output = total - sum(replaced.values()) + stored_bytes + 2 * _PAGE * len(tasks) + 200 * nodes
+    output = total - sum(replaced.values()) + stored_bytes + 200 * nodes
     reading = _PASSES * total / _read_rate(list(held.values()))
     writing = output / _write_rate(folder, output)
     computing = sum(_seconds(task) for task in tasks)

@@ -233,7 +233,7 @@ def _report(result: Quantized | Preview, recipe: Recipe, given: dict[str, Any], 
 def _cost_lines(outcome: _Outcome) -> list[str]:
     """Return what was expected, beside what was measured where something was done."""
     if outcome.took is None:
-        return [f"estimated: {_costs(outcome.expected)}; weights were not read, nothing was written"]
+        return [f"estimated: {_costs(outcome.expected)}; nothing was quantized or written"]
     rows = [["estimated", *_cells(outcome.expected)], ["measured", *_cells(outcome.took)]]
     return output.table(["", "output", "peak memory", "time"], rows)
 

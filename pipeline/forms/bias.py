@@ -32,12 +32,13 @@ def int32_bias(bias: Array, data: QParams, weight: QParams) -> tuple[Array, Arra
         data: Of the input, one scale.
         weight: Of the weight, one scale or one per output channel.
     """
-    scale = np.asarray(data.scale * weight.scale, dtype=np.float32).reshape(-1)
+    product, info = (data.scale.astype(np.float64) * weight.scale).reshape(-1), np.finfo(np.float32)
+    if product.min(initial=np.inf) < info.tiny or product.max(initial=0) > info.max:
+        return None
+    scale = product.astype(np.float32)
     codes = np.rint(bias.astype(np.float64) / scale.astype(np.float64))
     # Written so that NaN does not fit either.
-    if scale.min(initial=np.inf) < np.finfo(np.float32).tiny or not (np.abs(codes) < LARGEST).all():
-        return None
-    return codes.astype(np.int32), scale
+    return (codes.astype(np.int32), scale) if (np.abs(codes) < LARGEST).all() else None
 
 
 def settle_bias(bench: Workbench, node: gs.Node, decisions: list[Decision]) -> bool:

@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 from qpipe.calibrate.errors import ModelError
 from qpipe.pipeline import graph
+from qpipe.pipeline.cli import main
 from qpipe.pipeline.graph.constants import FileValues
 
 SECRET = b"s" * 64
@@ -279,3 +280,41 @@ def test_any_offset_can_be_mapped(tmp_path: Path, offset: int) -> None:
     path.write_bytes(model_with({"location": "w.bin", "offset": str(offset), "length": "64"}))
     (tmp_path / "w.bin").write_bytes(bytes(offset) + WEIGHT.tobytes() + b"more")
     np.testing.assert_array_equal(weights_of(graph.load(path))[0], WEIGHT)
+
+
+def linked_inside(place: Place) -> None:
+    (place.folder / "link.bin").symlink_to("inside.bin")
+    place.write(location="link.bin")
+
+
+REFUSED = (
+    *("parent", "nested", "absolute", "link", "folder link", "device", "link to device", "fifo", "hard link"),
+    *("missing", "short", "negative offset", "huge length"),
+)
+COMMANDS = {
+    "check": ("check",),
+    "inspect": ("inspect", "--tensors"),
+    "quantize": ("quantize", "-o", "out/q.onnx", "--scheme", "w8"),
+}
+
+
+@pytest.mark.parametrize("style", ["absolute", "relative"])
+@pytest.mark.parametrize("attack", [*REFUSED, "link inside"])
+def test_path_attacks_through_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], attack: str, style: str
+) -> None:
+    """14 cases and 2 styles of path: 13 are refused by every command that reads a model, a link inside is read."""
+    place = Place(tmp_path)
+    (ATTACKS[attack][0] if attack in ATTACKS else linked_inside)(place)
+    (place.folder / "out").mkdir()
+    monkeypatch.chdir(place.folder)
+    path = str(place.folder / "model.onnx") if style == "absolute" else "model.onnx"
+    for name, (command, *options) in COMMANDS.items():
+        code = main([command, path, *options])
+        told = capfd.readouterr().err
+        assert code == (3 if attack in REFUSED else 0), (name, told)
+        assert ("'w0'" in told) == (attack in REFUSED)
+        assert "Traceback" not in told
+    written = sorted(entry.name for entry in (place.folder / "out").iterdir())
+    assert written == ([] if attack in REFUSED else ["q.onnx"])
+    assert place.secret.read_bytes() == SECRET

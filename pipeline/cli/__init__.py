@@ -74,6 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     70 a bug in qpipe, 130 Ctrl-C, 143 SIGTERM.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
+    stdout = sys.stdout
     if arguments is None:
         signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -93,8 +94,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return int(getattr(cause, "exit_code", INTERRUPTED))
     except BrokenPipeError:
         return _reader_gone()
-    except SystemExit as stop:  # click leaves by it when the reader of a pipe is gone
-        if isinstance(stop.__context__, BrokenPipeError):
+    except SystemExit:
+        if sys.stdout is not stdout:  # click swaps it and leaves when the reader of a pipe is gone
             return _reader_gone()
         raise
     except Exception as error:  # noqa: BLE001 - the last line of defence: a bug must not look like a result

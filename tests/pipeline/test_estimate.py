@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import psutil
 import pytest
 from onnx import TensorProto, helper
 from qpipe.pipeline import estimate, graph
@@ -85,10 +86,11 @@ def test_nothing_but_a_sample_of_the_weights_is_read(tmp_path: Path) -> None:
     rows = 2**19
     path = write_model(tmp_path / "m.onnx", [(rows, rows)], holes=True)
     model = prepare(graph.load(path))
+    before = psutil.Process().memory_info().rss  # what other tests left in this process is no matter of the estimate
     cost = preview(model, make_recipe(scheme="w8", target="portable"), None, tmp_path, 0.0).cost
     assert cost.output_bytes == pytest.approx(rows * rows, rel=0.01)
     assert cost.seconds > 60
-    assert cost.peak_bytes < 2**30, "a model is never held"
+    assert cost.peak_bytes - before < 2**29, "a model is never held"
 
 
 def test_a_dry_run_says_what_is_to_come_and_writes_nothing(

@@ -79,7 +79,7 @@ def bars_svg(names: Sequence[str], values: Sequence[float], unit: str = "") -> s
     for index, (name, value) in enumerate(zip(names, values, strict=True)):
         y = index * row + 2
         length = round(reach * max(value, 0) / longest) if math.isfinite(value) else 0
-        shown = name if len(name) <= 38 else f"{name[:17]}…{name[-20:]}"
+        shown = name if len(name) <= 38 else f"…{name[-37:]}"  # names of layers differ at their ends
         parts.append(
             f"<g><title>{escape(name)}</title>"
             f'<text class="tick" x="{label - 6}" y="{y + 10}" text-anchor="end">{escape(shown)}</text>'

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import tempfile
 import warnings
 from pathlib import Path
@@ -45,26 +47,30 @@ def _run(models: tuple[str, ...], folder: Path, as_json: bool) -> None:
 
 
 def table(rows: list[Any]) -> list[str]:
-    """Return the comparison as lines of text."""
-    headers = ["model", "configuration", "MB", "metrics (exact semantics)", "as deployed here", "SQNR dB", "deployed",
-               "cosine", "deployed", "speed"]  # fmt: skip
-    cells = [
-        [row.model, row.config, "-", row.error, "", "", "", "", "", ""]
-        if row.error
-        else [
-            row.model,
-            row.config,
-            f"{row.megabytes:.1f}",
-            _metrics(row.metrics),
-            _metrics(row.deployed),
-            *(f"{value:.1f}" if abs(value) != float("inf") else "-" for value in row.sqnr_db),
-            *(f"{value:.4f}" for value in row.cosine),
-            f"{row.speed:.2f}x",
-        ]
-        for row in rows
-    ]
-    return [*output.table(headers, cells), "", "speed: time of the float model over time of this one, in the same run"]
+    """Return the comparison as lines of text: a block per model, its metrics once exact and once as deployed."""
+    lines: list[str] = []
+    for model in dict.fromkeys(row.model for row in rows):
+        lines += [*_block(model, [row for row in rows if row.model == model]), ""]
+    return [*lines, "speed: time of the float model over time of this one, in the same run"]
 
 
-def _metrics(metrics: Any) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+def _block(model: str, rows: list[Any]) -> list[str]:
+    metrics = list(next((row.metrics for row in rows if not row.error), {}))
+    measures = [*(name.replace("_at_", "@").replace("_", " ") for name in metrics), "SQNR dB", "cosine"]
+    cells = [[row.config, *_cells(row, metrics)] for row in rows]
+    lines = output.table([model, "MB", *measures, *measures, "speed"], cells)
+    starts = list(itertools.accumulate((len(dashes) + 2 for dashes in lines[1].split()), initial=0))
+    exact, deployed = starts[2], starts[2 + len(measures)]
+    above = f"{'exact semantics':<{deployed - exact}}as deployed here".rjust(deployed + len("as deployed here"))
+    failed = [f"{row.config}: {row.error}" for row in rows if row.error]
+    return [above, *lines, *failed]
+
+
+def _cells(row: Any, metrics: list[str]) -> list[str]:
+    if row.error:
+        return ["-"] * (2 * len(metrics) + 6)
+    cells = [f"{row.megabytes:.1f}"]
+    for i, values in enumerate((row.metrics, row.deployed)):
+        cells += [f"{values[name]:.4f}" if abs(values[name]) < 10 else f"{values[name]:.2f}" for name in metrics]
+        cells += [f"{row.sqnr_db[i]:.1f}" if math.isfinite(row.sqnr_db[i]) else "-", f"{row.cosine[i]:.4f}"]
+    return [*cells, f"{row.speed:.2f}x"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,9 @@ def _model(file: Path, given: dict[str, Any]) -> None:
     ]
     lines += [f"{key}: {value}" for key, value in sorted(facts.metadata.items())]
     if facts.quantized:
-        rows = [[q.op, ", ".join(q.inputs), q.output] for q in facts.quantized[: given["limit"]]]
-        lines += ["", "quantized operators", *output.table(["operator", "inputs", "output"], rows)]
+        kinds = Counter((q.op, ", ".join(q.inputs), q.output) for q in facts.quantized)
+        rows = [[count, *kind] for kind, count in kinds.most_common(given["limit"])]
+        lines += ["", *output.table(["nodes", "quantized operator", "inputs", "output"], rows)]
     if given["tensors"]:
         rows = [[t.name, t.type, list(t.shape), t.bytes] for t in facts.tensors]
         lines += ["", *output.table(["tensor", "type", "shape", "bytes"], rows)]

@@ -251,3 +251,11 @@ def test_horizontal_bars_are_as_long_as_their_values() -> None:
     widths = [int(e.attrib["width"]) for e in tree.iter() if e.tag.endswith("rect")]
     assert widths[0] * 2 == pytest.approx(widths[1], abs=1)
     assert widths[2] == 0
+
+
+def test_long_names_keep_the_end_that_tells_layers_apart() -> None:
+    names = [f"model.encoder.layers.{i}.attention.self.query/MatMul_output_0" for i in range(3)]
+    drawn = charts.bars_svg(names, [1.0, 2.0, 3.0])
+    shown = re.findall(r'text-anchor="end">([^<]*)<', drawn)
+    assert len(set(shown)) == 3
+    assert all(full.endswith(text.lstrip("…")) for full, text in zip(names, shown, strict=True))

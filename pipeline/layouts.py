@@ -53,7 +53,10 @@ class Layout:
         """Return codes [out, in] in the weight's own layout, under its own ``spec``."""
         params = qarray.params
         zero = None if params.zero_point is None else self._scales_back(params.zero_point, spec)
-        own = QParams(scale=self._scales_back(params.scale, spec), zero_point=zero, spec=spec)
+        stored = params.scale_codes
+        if stored is not None:
+            stored = dataclasses.replace(stored, q=self._scales_back(stored.q, spec))
+        own = QParams(scale=self._scales_back(params.scale, spec), zero_point=zero, spec=spec, scale_codes=stored)
         return QArray(q=self._back(qarray.q, tuple(self.shape[axis] for axis in self.order)), params=own)
 
     def columns(self) -> Array:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ..calibrate.errors import RecipeError
 from ..calibrate.formats import FORMATS
@@ -22,6 +22,37 @@ from .schemes import SCHEMES
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _require_lowering(name: str, part: str, lowerings: tuple[str, ...]) -> str:
+    """Return the name of a format that weights or activations can be stored in.
+
+    Raises:
+        RecipeError: No format has this name, or it is only cast to, a type of scales, or only for weights.
+    """
+    fmt = FORMATS.get(name)
+    blocked = part == "activations" and fmt.block_size > 0
+    if fmt.lowering in lowerings and not blocked:
+        return name
+    fitting = [
+        n for n, f in FORMATS.items() if f.lowering in lowerings and not (part == "activations" and f.block_size)
+    ]
+    do = f"use --float-type {name} to convert what stays in float" if name in ("float16", "bfloat16", "float32") else ""
+    raise RecipeError(
+        f"{part} have no codes of the format {name}",
+        where=f"{part}.format",
+        found=f"{name}: {_UNFIT['block' if blocked else fmt.lowering]}",
+        expected=", ".join(sorted(fitting)),
+        do=do or f"qpipe explain format {name}",
+    )
+
+
+_UNFIT = {
+    "block": "its scales belong to blocks of stored weights",
+    "cast": "a type that floats are cast to, without scales",
+    "scale": "a type of scales",
+    "bnb4": "codes of stored weights",
+}
 
 
 class WeightOptions(_Part):
@@ -56,6 +87,11 @@ class WeightOptions(_Part):
         """Weight algorithm that picks the codes; one scale for the whole model leaves nothing to pick."""
         return self.algorithm or ("fixed" if self.granularity == "model" else "rtn")
 
+    @field_validator("format")
+    @classmethod
+    def _is_stored(cls, name: str) -> str:
+        return _require_lowering(name, "weights", ("qdq", "bnb4"))
+
     def spec(
         self, axis: int | None, block_axis: int | None, pair_limit: int = 0, *, has_zero_points: bool = True
     ) -> Spec:
@@ -68,7 +104,7 @@ class WeightOptions(_Part):
             has_zero_points: Whether the target has zero points other than 0.
         """
         fmt, granularity = FORMATS.get(self.format), PER_TENSOR
-        if (self.granularity == "block" or fmt.block_size) and block_axis is not None:
+        if (self.granularity == "block" or fmt.block_size or fmt.codebook) and block_axis is not None:
             granularity = per_block(block_axis, fmt.block_size or self.block_size)
         elif self.granularity in ("channel", "block") and axis is not None:
             granularity = per_channel(axis)
@@ -101,6 +137,11 @@ class ActivationOptions(_Part):
     narrow_range: bool = False
     reduce_bits: int = Field(default=0, ge=0, le=7)
     dynamic: bool = False
+
+    @field_validator("format")
+    @classmethod
+    def _has_quantizer(cls, name: str | None) -> str | None:
+        return name and _require_lowering(name, "activations", ("qdq",))
 
     def spec(self, default_format: str, default_symmetric: bool) -> Spec:
         """Return the per-tensor `Spec` of an activation, with the target's defaults where the recipe says nothing."""

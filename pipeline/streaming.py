@@ -97,4 +97,4 @@ def lazy_codes(weight: Weight, params: QParams) -> Lazy:
 def kept(params: QParams) -> QParams:
     """Return the same parameters; those of many blocks lie in the scratch file from then on."""
     zero = None if params.zero_point is None else keep(params.zero_point)
-    return QParams(scale=keep(params.scale), zero_point=zero, spec=params.spec)
+    return dataclasses.replace(params, scale=keep(params.scale), zero_point=zero)

@@ -25,6 +25,8 @@ class Format:
         dtype: numpy or ml_dtypes type of an unpacked array of codes.
         onnx_type: Name in ``onnx.TensorProto.DataType``, e.g. ``"INT8"``; of the packed bytes for a codebook.
         min_opset: First opset whose operators (see `lowering`) take the type with scales of `scale_format`.
+        plain_opset: First opset whose operators take the codes of a block format with its scales written as float32; 0
+            for `min_opset`.
         scale_format: Name of the format of the scales, ``"float32"`` unless the format prescribes another.
         block_size: Block size that the format prescribes, 0 when free.
         source: Where the format is defined.
@@ -52,6 +54,7 @@ class Format:
     scale_levels: int = 1
     scale_rule: str = "nearest"
     codebook: tuple[float, ...] = ()
+    plain_opset: int = 0
 
     @property
     def is_integer(self) -> bool:

@@ -36,6 +36,7 @@ def _microscaling(name: str, element: Format) -> None:
             scale_format=E8M0.name,
             scale_rule="floor",
             min_opset=max(element.min_opset, E8M0.min_opset),
+            plain_opset=element.min_opset,
             source="OCP Microscaling Formats 1.0",
         ),
     )

@@ -26,6 +26,7 @@ class Workbench:
         activations: Parameters by tensor name and spec.
         weights: Quantized weights by site.
         fuses_relu: Whether the target runs a product and the Relu behind it in one kernel, whatever its codes.
+        scale_formats: Formats of 8 bits in which scales of blocks are stored; others become float32.
         accuracy_level: What MatMulNBits rounds its activations to.
         scope: The graph whose nodes are being rewritten: the main one, or a body of If, Loop or Scan.
         made: Tensors that were already inserted into `scope`, by a key that the form chooses. Each graph gets its own:
@@ -39,6 +40,7 @@ class Workbench:
     activations: Mapping[tuple[str, Spec], QParams]
     weights: Mapping[Site, QArray]
     fuses_relu: bool = False
+    scale_formats: frozenset[str] = frozenset()
     accuracy_level: int = 0
     scope: gs.Graph = field(init=False)
     made: dict[tuple[object, ...], gs.Tensor] = field(default_factory=dict)

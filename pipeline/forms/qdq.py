@@ -7,6 +7,7 @@ Names are those that users of ONNX Runtime and Netron expect: ``<tensor>_Quantiz
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from ...calibrate.formats import FORMATS
@@ -14,6 +15,7 @@ from ...calibrate.qarray import QArray, QParams, Spec, quantize
 from ..constants import weight_of
 from ..graph import values
 from ..plan import Decision
+from ..precision import HALVES
 from . import FORMS, Workbench
 from .bias import move_bias_behind, settle_bias
 
@@ -87,11 +89,36 @@ def dequantized_weight(bench: Workbench, node: gs.Node, slot: int, qarray: QArra
 
 def _stored(bench: Workbench, key: tuple[object, ...], real: gs.Tensor, qarray: QArray) -> gs.Tensor:
     """Return the output of a DequantizeLinear behind the stored codes of a constant; ``key`` stands for the codes."""
-    name = real.name
-    codes = bench.shared_constant(("codes", *key), f"{name}_quantized", qarray.q, qarray.params.spec.format.onnx_type)
-    scale, zero = _scale_constants(bench, name, qarray.params)
+    name, fmt = real.name, qarray.params.spec.format
+    codes = bench.shared_constant(("codes", *key), f"{name}_quantized", qarray.q, fmt.onnx_type)
+    attrs = _axis_attributes(qarray)
+    if fmt.scale_format in bench.scale_formats:
+        rest = [_scale_codes(bench, name, qarray.params)]
+        if fmt.scale_levels == 1:
+            attrs["output_dtype"] = onnx.TensorProto.FLOAT  # else it would be the type of the scale
+    else:
+        rest = list(_scale_constants(bench, name, qarray.params))
     result = bench.variable(f"{name}_DequantizeLinear_Output", real)
-    bench.node("DequantizeLinear", f"{name}_DequantizeLinear", [codes, scale, zero], result, _axis_attributes(qarray))
+    bench.node("DequantizeLinear", f"{name}_DequantizeLinear", [codes, *rest], result, attrs)
+    return result
+
+
+def _scale_codes(bench: Workbench, name: str, params: QParams) -> gs.Tensor:
+    """Return the scales of blocks in their own format of 8 bits, real again behind a DequantizeLinear of two levels."""
+    fmt, key = params.spec.format, (name, params.spec, params.scale.tobytes())
+    stored = FORMATS.get(fmt.scale_format)
+    if fmt.scale_levels == 1:  # what the scale is, exactly
+        return bench.shared_constant(
+            ("scale codes", *key), f"{name}_scale", params.scale.astype(stored.dtype), stored.onnx_type
+        )
+    assert params.scale_codes is not None
+    codes, outer = params.scale_codes.q, params.scale_codes.params.scale
+    inputs: list[gs.Tensor] = [
+        bench.shared_constant(("scale codes", *key), f"{name}_scale_quantized", codes, stored.onnx_type),
+        bench.shared_constant(("outer scale", *key), f"{name}_scale_scale", outer, "FLOAT"),
+    ]
+    result = gs.Variable(bench.fresh(f"{name}_scale"), dtype=np.float32, shape=list(codes.shape))
+    bench.node("DequantizeLinear", f"{name}_scale_DequantizeLinear", inputs, result)
     return result
 
 
@@ -133,7 +160,8 @@ def _scale_constants(bench: Workbench, name: str, params: QParams) -> tuple[gs.C
     blocked = spec.granularity.block_size > 0
     scale = params.scale if blocked else params.scale.reshape(() if spec.granularity.axis is None else (-1,))
     zero = np.zeros(scale.shape, spec.format.dtype) if params.zero_point is None else params.zero_point
-    scale_type = FORMATS.get(spec.format.scale_format).onnx_type
+    # float32 holds scales of 8 bits exactly, and more runtimes take it.
+    scale_type = FORMATS.get(spec.format.scale_format if spec.format.scale_format in HALVES else "float32").onnx_type
     key = (name, spec, scale.tobytes(), zero.tobytes())
     return (
         bench.shared_constant(("scale", *key), f"{name}_scale", scale, scale_type),

@@ -30,7 +30,8 @@ def needed_opset(plan: Plan, start: int) -> int:
     """Return the lowest opset, not below ``start``, that can express what a plan stores."""
     level = max([start, *(OPSET_OF_FORM.get(d.form, start) for d in plan.quantized())])
     for spec in [d.spec for d in plan.quantized() if d.spec is not None and d.form not in OPSET_OF_FORM]:
-        level = max(level, spec.format.min_opset)
+        narrow_scales = spec.format.scale_format in TARGETS.get(plan.target).scale_formats
+        level = max(level, spec.format.min_opset if narrow_scales else spec.format.plain_opset or spec.format.min_opset)
         if spec.granularity.axis is not None:
             level = max(level, PER_CHANNEL_OPSET)
         if spec.granularity.block_size:

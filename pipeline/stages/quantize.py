@@ -135,17 +135,18 @@ def quantize_model(
     calibration = with_constants(model.graph, plan, calibration) if calibration is not None else None
     activations = solve(plan, calibration, recipe.method)
     weights = quantize_weights(model.graph, plan, calibration)
+    target = TARGETS.get(recipe.target)
     bench = Workbench(
         graph=model.graph,
         activations={key: s.params for key, s in activations.items()},
         weights=weights,
-        fuses_relu=TARGETS.get(recipe.target).fuses_relu,
+        fuses_relu=target.fuses_relu,
+        scale_formats=target.scale_formats,
         accuracy_level=_accuracy_level(recipe),
     )
     insert(plan, bench)
     if given.nodes or recipe.float_type is not None:
-        border, half_scales = border_of(recipe, given), TARGETS.get(recipe.target).half_scales
-        narrow(model.graph, plan, border, half_scales=half_scales)
+        narrow(model.graph, plan, border_of(recipe, given), half_scales=target.half_scales)
     _add_functions(model, bench)
     lowered = lower(model, plan, recipe)
     return Quantized(

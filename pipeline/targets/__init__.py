@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ...calibrate.formats import FORMATS
 from ...calibrate.registry import Registry
 
 MATRIX_PRODUCTS = frozenset({"MatMul", "Gemm"})
@@ -32,6 +33,7 @@ class Target:
         refused: Format of activations -> why it does not run there; weights in it do.
         emulated: Format of activations -> what really happens to it there.
         weight_formats: Formats of weights that run; empty for all.
+        scale_formats: Formats of 8 bits that scales of blocks may have in the file; others are written as float32.
         accuracy_level: What MatMulNBits computes with unless the recipe says so: 4 rounds activations to int8.
         float_types: Types that the float remainder may have.
         half_scales: Whether Q/DQ with float16 or bfloat16 scales become integer kernels; if not, operators between them
@@ -58,6 +60,7 @@ class Target:
     refused: Mapping[str, str] = field(default_factory=dict)
     emulated: Mapping[str, str] = field(default_factory=dict)
     weight_formats: frozenset[str] = frozenset()
+    scale_formats: frozenset[str] = frozenset()
     accuracy_level: int = 0
     float_types: frozenset[str] = frozenset({"float32", "float16", "bfloat16"})
     half_scales: bool = True
@@ -69,3 +72,9 @@ class Target:
 
 
 TARGETS: Registry[Target] = Registry("target", __name__)
+
+
+def qdq_formats(latest_opset: int, *without: str) -> frozenset[str]:
+    """Return the formats that Q/DQ operators take up to an opset, less those named ``without``."""
+    names = (name for name, fmt in FORMATS.items() if fmt.lowering == "qdq" and fmt.min_opset <= latest_opset)
+    return frozenset(names) - set(without)

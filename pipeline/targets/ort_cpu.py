@@ -8,14 +8,19 @@ MatMulIntegerToFloat where several products share one quantizer.
 
 from __future__ import annotations
 
+from ...calibrate.formats.codebook import BNB4_QUANT_TYPE
 from ...calibrate.weights.pairs import PAIR_LIMIT
 from ..cpu import int8_saturates
-from . import MATRIX_PRODUCTS, PRODUCTS, TARGETS, Target
+from . import MATRIX_PRODUCTS, PRODUCTS, TARGETS, Target, qdq_formats
 from .portable import COMPUTE, ELEMENTWISE, MOVES
 
 _KERNELS = (COMPUTE - {"ConvTranspose"}) | ELEMENTWISE | MOVES | {"LeakyRelu", "Sigmoid"}
 _FLOAT8 = (
     "its optimizer fuses float8 Q/DQ around a MatMul into an operator that takes no float8, and then refuses the model"
+)
+_SHORT = (
+    "its optimizer fuses Q/DQ of 2 and 4 bits around a product into an operator that takes none, and then refuses the "
+    "model"
 )
 _WIDE = "it has no kernels for 16-bit codes: Q/DQ run as they stand around float products, slower than float"
 
@@ -36,7 +41,12 @@ def _add(name: str, summary: str, pair_limit: int) -> None:
                 "bnb4": MATRIX_PRODUCTS,
                 "outlier": MATRIX_PRODUCTS,
             },
-            refused={"float8_e4m3fn": _FLOAT8, "float8_e5m2": _FLOAT8},
+            weight_formats=qdq_formats(25, "float4_e2m1", "mxfp4", "nvfp4") | set(BNB4_QUANT_TYPE),
+            refused={
+                **dict.fromkeys(("float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"), _FLOAT8),
+                **dict.fromkeys(("int2", "uint2", "int4", "uint4"), _SHORT),
+                **dict.fromkeys(("float4_e2m1", "float6_e2m3", "float6_e3m2"), "it has no kernels of this type"),
+            },
             emulated={"int16": _WIDE, "uint16": _WIDE},
             accuracy_level=4,
             float_types=frozenset({"float32", "float16"}),

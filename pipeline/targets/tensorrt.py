@@ -7,7 +7,9 @@ activations; biases stay in float. No quantizer stands behind a product: TensorR
 
 from __future__ import annotations
 
-from . import PRODUCTS, TARGETS, Target
+from . import PRODUCTS, TARGETS, Target, qdq_formats
+
+_NARROW = "its quantized products take int8 and float8 e4m3 activations only"
 
 TARGETS.add(
     "tensorrt",
@@ -19,6 +21,8 @@ TARGETS.add(
         asymmetric=False,
         kernels=PRODUCTS,
         forms={"weights": PRODUCTS},
+        refused=dict.fromkeys(qdq_formats(28) - {"int8", "float8_e4m3fn"}, _NARROW),
+        scale_formats=frozenset({"float8_e8m0", "float8_e4m3fn"}),
         weight_formats=frozenset({"int8", "int4", "float8_e4m3fn", "float4_e2m1", "nvfp4", "mxfp8_e4m3"}),
         source="NVIDIA TensorRT 11, Working with Quantized Types and migration guide from version 10; not run here",
         notes=(

@@ -76,7 +76,7 @@ def _ort(level: str, accuracy: str | None) -> Engine:
 
 def _openvino(model: onnx.ModelProto, feeds: Feeds) -> list[Array]:
     core = _package("openvino").Core()
-    hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    hints = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1, "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
     compiled = core.compile_model(core.read_model(model.SerializeToString()), "CPU", hints)
     results = compiled(dict(feeds))
     return [np.asarray(results[output]) for output in compiled.outputs]

@@ -214,12 +214,15 @@ def _matmul_bnb4(attributes: Attributes, inputs: Sequence[Any]) -> Array:
 
 
 def _matmul_nbits(attributes: Attributes, inputs: Sequence[Any]) -> Array:
-    x, packed, scale, zero = inputs
+    x, packed, scale, zero = (*inputs, None)[:4]
     n, k, bits, block_size = (attributes[key] for key in ("N", "K", "bits", "block_size"))
     fmt = FORMATS.get(f"uint{bits}")
     spec = Spec(format=fmt, granularity=per_block(1, block_size))
     scale = scale.reshape(n, -1)
-    zero = _unpack_low_first(zero.reshape(n, -1), bits)[:, : scale.shape[1]].astype(fmt.dtype)
+    if zero is None:  # the middle of the codes
+        zero = np.full(scale.shape, 2 ** (bits - 1), fmt.dtype)
+    else:
+        zero = _unpack_low_first(zero.reshape(n, -1), bits)[:, : scale.shape[1]].astype(fmt.dtype)
     codes = _unpack_low_first(packed.reshape(n, -1), bits)[:, :k].astype(fmt.dtype)
     return _matmul({}, [x, dequantize(QArray(q=codes, params=QParams(scale=scale, zero_point=zero, spec=spec))).T])
 

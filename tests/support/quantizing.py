@@ -16,10 +16,11 @@ from qpipe.pipeline.plan import Decision, Plan
 from qpipe.pipeline.qdq_check import check_qdq
 from qpipe.pipeline.recipe import make_recipe
 from qpipe.pipeline.session import make_session
-from qpipe.pipeline.stages.collect import collect
+from qpipe.pipeline.stages.collect import CollectOptions, collect
 from qpipe.pipeline.stages.decide import wanted_tensors
+from qpipe.pipeline.stages.details import wanted_details
 from qpipe.pipeline.stages.prepare import prepare
-from qpipe.pipeline.stages.quantize import Quantized, QuantizeOptions, needs_statistics, quantize_model
+from qpipe.pipeline.stages.quantize import Quantized, QuantizeOptions, needed_detail, needs_statistics, quantize_model
 
 Array = np.ndarray[Any, Any]
 Batch = Mapping[str, Array]
@@ -71,10 +72,11 @@ def random_batches(proto: onnx.ModelProto, count: int = 2, seed: int = 0) -> lis
     return batches
 
 
-def calibrate(proto: onnx.ModelProto, batches: Iterable[Batch]) -> Calibration:
-    """Statistics of all tensors that a rule may ask for."""
+def calibrate(proto: onnx.ModelProto, batches: Iterable[Batch], detail: str = "none") -> Calibration:
+    """Statistics of all tensors that a rule may ask for, with what ``detail`` names of the inputs of layers."""
     prepared = prepare(graph.from_proto(proto))
-    return collect(proto, wanted_tensors(prepared.graph), batches)
+    options = CollectOptions(details=wanted_details(prepared.graph, detail))
+    return collect(proto, wanted_tensors(prepared.graph), batches, options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,8 @@ def quantize(
     """Calibrate, quantize, and hold the result against the ONNX checker and the Q/DQ rules."""
     chosen = make_recipe(**recipe)
     if calibration is None and needs_statistics(chosen):
-        calibration = calibrate(proto, random_batches(proto) if batches is None else batches)
+        batches = random_batches(proto) if batches is None else batches
+        calibration = calibrate(proto, batches, needed_detail(chosen))
     options = options or QuantizeOptions()
     done = quantize_model(prepare(graph.from_proto(proto)), chosen, calibration, options=options)
     findings = check_qdq(done.model, target=chosen.target)

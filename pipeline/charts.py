@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
+from os.path import commonprefix
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +16,8 @@ import numpy.typing as npt
 BARS, BAR_WIDTH = 96, 5
 LEFT, RIGHT, BOTTOM = 68, 12, 24
 PLOT, LANE = 140, 13
+LABEL = 38
+"""Characters of a name that find room beside its bar."""
 WIDTH = LEFT + BARS * BAR_WIDTH + RIGHT
 COLOURS = ("#d1495b", "#2a9d4a", "#c77700", "#7b4fc9", "#0f8b8d", "#b23a9b")
 """Of ranges, in order; all stand out from the blue bars, on white and on a dark ground."""
@@ -75,11 +78,14 @@ def bars_svg(names: Sequence[str], values: Sequence[float], unit: str = "") -> s
     """
     row, label, reach = 17, 230, WIDTH - 230 - 62
     longest = max((v for v in values if math.isfinite(v)), default=1.0) or 1.0
+    shared = commonprefix([name for name in names if len(name) > LABEL])  # noqa: RUF071 - names are no paths
+    shared = shared[: max(shared.rfind("."), shared.rfind("/")) + 1]
     parts = []
     for index, (name, value) in enumerate(zip(names, values, strict=True)):
         y = index * row + 2
         length = round(reach * max(value, 0) / longest) if math.isfinite(value) else 0
-        shown = name if len(name) <= 38 else f"…{name[-37:]}"  # names of layers differ at their ends
+        shown = name if len(name) <= LABEL else f"…{name.removeprefix(shared)}"
+        shown = shown if len(shown) <= LABEL else f"{shown[: LABEL // 2 - 1]}…{shown[-LABEL // 2 :]}"
         parts.append(
             f"<g><title>{escape(name)}</title>"
             f'<text class="tick" x="{label - 6}" y="{y + 10}" text-anchor="end">{escape(shown)}</text>'

@@ -65,7 +65,10 @@ def _unknown_domain(match: re.Match[str], where: str | None, text: str) -> Qpipe
         f"operator {domain}::{op} needs a library that is not loaded",
         where=where,
         found=text,
-        do="qpipe plugin build" if ours else "give the library that holds the operator: --custom-op-library FILE",
+        do="qpipe plugin build"
+        if ours
+        else "give the library that holds the operator: --custom-op-library FILE; without it, "
+        "qpipe quantize --scheme w8 stores weights alone and runs nothing",
     )
 
 

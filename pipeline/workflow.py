@@ -18,6 +18,7 @@ from .stages.collect import CollectOptions, collect
 from .stages.decide import wanted_tensors
 from .stages.details import wanted_details
 from .stages.equalize import Equalized, equalize
+from .stages.inline import inline_functions
 from .stages.prepare import prepare, require_opset
 from .stages.quantize import Quantized, QuantizeOptions, needed_detail, profits_from_statistics, quantize_model
 from .stages.upgrade import upgrade
@@ -34,20 +35,23 @@ class Job:
         path: The file it came from.
         hash: Of the file's content.
         equalized: Tensors that `equalize` divided by a channel scale.
+        rewritten: Whether the graph has tensors that the file lacks, so that the graph is what runs.
     """
 
     model: Model
     path: Path
     hash: str
     equalized: list[Equalized] = field(default_factory=list)
+    rewritten: bool = False
 
     @classmethod
-    def open(cls, path: Path, *, convert: bool = False, allow_hardlinks: bool = False) -> Job:
+    def open(cls, path: Path, *, convert: bool = False, inline: bool = False, allow_hardlinks: bool = False) -> Job:
         """Load and prepare a model.
 
         Args:
             path: The float model.
             convert: Upgrade a model whose opset is below 13.
+            inline: Replace calls of model-local functions by their bodies, which are then quantized too.
             allow_hardlinks: Accept data files that have other names elsewhere.
 
         Raises:
@@ -56,9 +60,11 @@ class Job:
         """
         model = load(path, allow_hardlinks=allow_hardlinks)
         digest = model_hash(model)
+        original = model
         model = upgrade(model) if convert else model
         require_opset(model)
-        return cls(model=prepare(model), path=path, hash=digest)
+        model = inline_functions(model) if inline else model
+        return cls(model=prepare(model), path=path, hash=digest, rewritten=model is not original)
 
     def collect(
         self,
@@ -70,12 +76,13 @@ class Job:
         """Run the float file over the data; see `stages.collect`, and `stages.details` for ``detail``.
 
         The file itself is run, not the prepared graph: names that survive preparing mean the same values, and a model
-        larger than memory stays on disk. Only after `equalize`, which makes new tensors, the graph itself is run.
+        larger than memory stays on disk. Only where there are new tensors, after `equalize`, inlining or an upgrade of
+        the opset, the graph itself is run.
         """
         identity = options.identity or identify(self.path)
         details = options.details or wanted_details(self.model.graph, detail)
         options = replace(options, identity=identity, details=details)
-        source = clone(self.model) if self.equalized else self.path
+        source = clone(self.model) if self.equalized or self.rewritten else self.path
         return collect(source, wanted_tensors(self.model.graph), batches, options)
 
     def equalize(self, recipe: Recipe, calibration: Calibration) -> list[Equalized]:

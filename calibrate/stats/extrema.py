@@ -13,6 +13,9 @@ F32 = npt.NDArray[np.float32]
 SENTINEL = 1e30
 """Magnitude from which a finite value is a mask, not a measurement: exporters write -FLT_MAX where torch has -inf."""
 
+MAX_NONFINITE = 1e-3
+"""Share of NaN and infinities in a tensor up to which it still has a range to speak of."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extrema:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import psutil
 
@@ -28,6 +29,7 @@ class Job:
         device: As for `make_session`.
         threads: As for `make_session`; as many threads count, between runs.
         native: Count inside the graph where the plugin can; the result is the same.
+        op_libraries: As for `SessionExtras`.
         tensor_bytes: Refuse a model that makes a tensor of more.
         batch_bytes: Bytes of activations that one run may hand out.
     """
@@ -39,5 +41,6 @@ class Job:
     device: str = "cpu"
     threads: int | None = None
     native: bool = True
+    op_libraries: tuple[Path, ...] = ()
     tensor_bytes: int = field(default_factory=machine_memory)
     batch_bytes: int = 2**31

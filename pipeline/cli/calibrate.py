@@ -9,7 +9,7 @@ import click
 
 from ...calibrate.errors import UsageError
 from . import output
-from .options import DEVICE, FORCE, JSON, QUIET, data_options
+from .options import CUSTOM_OPS, DEVICE, FORCE, HARDLINKS, INLINE, JSON, QUIET, UPGRADE, data_options
 
 if TYPE_CHECKING:
     from ..calibration import Calibration
@@ -35,6 +35,10 @@ FORMS = ("ort-json", "ort-flatbuffers", "ort-text", "trt-cache")
 @click.option("--max-memory", type=click.IntRange(min=1), metavar="BYTES", help="Refuse larger tensors.")
 @click.option("--emit", multiple=True, type=click.Choice(FORMS), help="Also write a table for another tool.")
 @click.option("--method", default="minmax", show_default=True, help="Method of the ranges that --emit writes.")
+@UPGRADE
+@INLINE
+@CUSTOM_OPS
+@HARDLINKS
 @DEVICE
 @FORCE
 @JSON
@@ -69,8 +73,7 @@ def command(model: Path | None, output_path: Path | None, **given: Any) -> None:
 
 def _collected(model: Path | None, target: Path, given: dict[str, Any]) -> Calibration:
     from ..stages.collect import Checkpoints
-    from ..workflow import Job
-    from .collecting import collect_statistics
+    from .collecting import collect_statistics, open_job
 
     if model is None:
         raise UsageError(
@@ -78,7 +81,7 @@ def _collected(model: Path | None, target: Path, given: dict[str, Any]) -> Calib
         )
     checkpoints = Checkpoints(path=target, resume=given["resume"], force=given["force"])
     try:
-        return collect_statistics(Job.open(model), given, checkpoints)
+        return collect_statistics(open_job(model, given), given, checkpoints)
     except KeyboardInterrupt:
         output.note(f"what was collected is in {target}; go on with --resume")
         raise

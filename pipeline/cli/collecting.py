@@ -16,6 +16,14 @@ if TYPE_CHECKING:
     from ..workflow import Job
 
 
+def open_job(path: Path, given: Mapping[str, Any]) -> Job:
+    """Load and prepare a float model as the options say that `calibrate` and `quantize` share."""
+    from ..workflow import Job
+
+    names = {"convert": "upgrade", "inline": "inline", "allow_hardlinks": "allow_hardlinks"}
+    return Job.open(path, **{name: given[option] for name, option in names.items()})
+
+
 def read_statistics(path: Path, job: Job, *, by_name: bool = False) -> Calibration:
     """Read a ``.qcal`` file and hold it against the model.
 
@@ -47,6 +55,7 @@ def collect_statistics(job: Job, given: Mapping[str, Any], checkpoints: Checkpoi
             workers=given.get("workers", 1),
             allow_nonfinite=given.get("allow_nonfinite", False),
             max_memory=given.get("max_memory"),
+            op_libraries=given["custom_op_library"],
             checkpoints=checkpoints,
             progress=lambda done, rate: advance(done, f"{rate:.1f} samples/s, {_peak_memory():.0f} MB"),
             warn=output.warn,

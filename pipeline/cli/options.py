@@ -24,6 +24,15 @@ QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress.")
 DEVICE = click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where the model runs."
 )
+CUSTOM_OPS = click.option(
+    "--custom-op-library",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Library of custom operators that the model needs.",
+)
+UPGRADE = click.option("--upgrade", is_flag=True, help="Convert a model below opset 13 first.")
+INLINE = click.option("--inline", is_flag=True, help="Replace calls of model-local functions by their bodies first.")
+HARDLINKS = click.option("--allow-hardlinks", is_flag=True, help="Accept data files that have other names elsewhere.")
 
 _DATA_HELP = (
     "script.py[:function] that yields dicts of arrays, .npz, .npy, a folder of them, polygraphy JSON, or a folder "

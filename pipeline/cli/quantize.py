@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ...calibrate.errors import UsageError
+from ...calibrate.errors import ThresholdError, UsageError
 from . import output
-from .options import DEVICE, FORCE, JSON, MODEL, QUIET, data_options
+from .options import CUSTOM_OPS, DEVICE, FORCE, HARDLINKS, INLINE, JSON, MODEL, QUIET, UPGRADE, data_options
 
 if TYPE_CHECKING:
     from ..calibration import Calibration
@@ -47,11 +47,14 @@ if TYPE_CHECKING:
 @click.option("--why", is_flag=True, help="List every node with the reason of its decision.")
 @click.option("--save-plan", type=click.Path(path_type=Path), help="Write the plan as JSON.")
 @click.option("--save-recipe", type=click.Path(path_type=Path), help="Write the recipe that all flags amount to.")
-@click.option("--upgrade", is_flag=True, help="Convert a model below opset 13 first.")
+@UPGRADE
+@INLINE
+@CUSTOM_OPS
 @click.option("--skip-nonfinite", is_flag=True, help="Leave layers whose weights are not finite in float.")
 @click.option("--requantize", is_flag=True, help="Accept a model that is quantized in part.")
 @click.option("--calib-by-name", is_flag=True, help="Accept statistics of another model, matched by tensor names.")
-@click.option("--allow-hardlinks", is_flag=True, help="Accept data files that have other names elsewhere.")
+@click.option("--require-quantized", is_flag=True, help="Write nothing and give exit code 1 when nothing is quantized.")
+@HARDLINKS
 @DEVICE
 @FORCE
 @JSON
@@ -64,15 +67,17 @@ def command(model: Path, output_path: Path | None, **given: Any) -> None:
     from ..graph import save
     from ..stages.preview import preview
     from ..stages.quantize import QuantizeOptions
-    from ..workflow import Job
+    from .collecting import open_job
 
     start, recipe = time.monotonic(), _recipe(given)
-    job = Job.open(model, convert=given["upgrade"], allow_hardlinks=given["allow_hardlinks"])
+    job = open_job(model, given)
     before, opened = _weight_bytes(job.model), time.monotonic()
     calibration = _calibration(job, recipe, given)
     collected = time.monotonic()
     folder = (output_path or model).absolute().parent
     coming = preview(job.model, recipe, calibration, folder, opened - start)
+    if given["require_quantized"]:
+        _require_quantized(coming.plan)
     if given["dry_run"]:
         _save_side_files(coming.plan, recipe, given)
         sizes = (before, coming.cost.output_bytes)
@@ -82,6 +87,8 @@ def command(model: Path, output_path: Path | None, **given: Any) -> None:
         output.note(f"estimated: {_costs(coming.cost)}")
     options = QuantizeOptions(skip_nonfinite=given["skip_nonfinite"], requantize=given["requantize"])
     result = job.quantize(recipe, calibration, options)
+    if given["require_quantized"]:
+        _require_quantized(result.plan)
     _save_side_files(result.plan, recipe, given)
     assert output_path is not None
     written = save(result.model, output_path, force=given["force"])
@@ -91,6 +98,17 @@ def command(model: Path, output_path: Path | None, **given: Any) -> None:
         opset=result.model.opset, sizes=sizes, written=written, notes=result.notes, took=took, expected=coming.cost
     )
     _report(result, recipe, given, outcome)
+
+
+def _require_quantized(plan: Plan) -> None:
+    if not plan.quantized():
+        reasons = [f"{reason}: {n} nodes" for reason, n in _reasons(list(plan.nodes().values())).most_common(3)]
+        raise ThresholdError(
+            "nothing was quantized, and nothing was written",
+            found="; ".join(reasons) or "a graph without nodes",
+            expected="at least one quantized layer (--require-quantized)",
+            do="qpipe quantize --dry-run lists every node with its reason",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import output
-from .options import DEVICE, FORCE, JSON, QUIET, data_options, feed_from
+from .options import CUSTOM_OPS, DEVICE, FORCE, HARDLINKS, JSON, QUIET, data_options, feed_from
 
 if TYPE_CHECKING:
     from ..stages.validate import ValidateOptions
@@ -49,10 +49,8 @@ def _threshold_options(function: Any) -> Any:
     help="Whose outputs --save-outputs writes.",
 )
 @click.option("--rounds", type=click.IntRange(min=0), default=5, show_default=True, help="Rounds of timing.")
-@click.option(
-    "--custom-op-library", multiple=True, type=click.Path(path_type=Path), help="Library of custom operators."
-)
-@click.option("--allow-hardlinks", is_flag=True, help="Accept data files that have other names elsewhere.")
+@CUSTOM_OPS
+@HARDLINKS
 @DEVICE
 @FORCE
 @JSON

@@ -22,8 +22,11 @@ def samples_in(batch: Batch) -> int:
 
 
 def is_empty(batch: Batch) -> bool:
-    """Whether a batch has no elements at all in some input."""
-    return any(array.size == 0 for array in batch.values())
+    """Whether a batch holds no sample: nothing along the first axis, or no element at all.
+
+    One input without elements is no reason: the cache of a decoder is empty at its first step.
+    """
+    return bool(batch) and (samples_in(batch) == 0 or all(array.size == 0 for array in batch.values()))
 
 
 def cut(batch: Batch, start: int, stop: int) -> Batch:

@@ -41,6 +41,12 @@ class NodeOrigin:
     proto: NodeProto
 
 
+def file_name_of(node: gs.Node) -> str:
+    """Return the name under which a node is written: the file's own unless the node was renamed."""
+    origin = vars(node).get("origin")
+    return str(origin.proto.name if origin is not None and origin.name == node.name else node.name)
+
+
 def from_proto(proto: onnx.ModelProto) -> Model:
     """Turn a protobuf model, all of it in memory, into a `Model`; ``proto`` is not changed.
 

@@ -19,24 +19,24 @@ from typing import Any
 import onnx
 
 from ...calibrate.errors import DataError, WriteError
-from ...calibrate.stats.extrema import SENTINEL
+from ...calibrate.stats.extrema import MAX_NONFINITE, SENTINEL
 from ..calibration import Calibration, ModelIdentity, identify
 from ..calibration import load as load_qcal
 from ..calibration import save as save_qcal
 from ..calibration.job import Job
+from ..calibration.masks import masked_tensors
 from ..calibration.observe import Detail, Stats
 from ..calibration.parallel import observe_in_parallel
 from ..calibration.probe import Batch
 from ..calibration.runner import Runner
 from ..data.feed import Fingerprint, cut, is_empty, samples_in
+from ..data.signature import to_array
 from ..environment import installed
 from ..graph import Model, from_proto, load, save
 from ..interrupts import Interrupted, StopRequest
 from ..session import load_onnxruntime
 from .floats import float32_twin, without_bfloat16
-
-MAX_NONFINITE = 1e-3
-"""Share of NaN and infinities in a tensor above which the data is refused."""
+from .lower import runnable
 
 _GROUP = 4  # batches per task of a worker
 _SAVING_SHARE = 0.05  # of the time, at most
@@ -73,6 +73,7 @@ class CollectOptions:
         threads: Threads per process, None for ONNX Runtime's choice.
         workers: Processes; more than 1 needs joblib. On a cluster the model must be a path that all machines read.
         native: Count inside the graph where the plugin library is built; the result is the same without.
+        op_libraries: Libraries of custom operators that the model needs.
         max_memory: Refuse a model that makes a tensor of more bytes; None for the machine's memory.
         batch_bytes: Split batches whose activations take more, where the model's batch axis is free.
         checkpoints: None for nothing saved.
@@ -88,6 +89,7 @@ class CollectOptions:
     threads: int | None = None
     workers: int = 1
     native: bool = True
+    op_libraries: tuple[Path, ...] = ()
     max_memory: int | None = None
     batch_bytes: int = 2**31
     checkpoints: Checkpoints | None = None
@@ -123,7 +125,7 @@ def collect(
         model = load(model)
     elif isinstance(model, onnx.ModelProto):
         model = from_proto(model)
-    identity, twin = options.identity or identify(model), float32_twin(model)
+    identity, twin = options.identity or identify(model), float32_twin(runnable(model))
     if twin is not model:
         model, path, batches = twin, "", map(without_bfloat16, batches)
     job = Job(
@@ -134,10 +136,11 @@ def collect(
         device=options.device,
         threads=options.threads,
         native=options.native,
+        op_libraries=options.op_libraries,
         **({} if options.max_memory is None else {"tensor_bytes": options.max_memory}),
         batch_bytes=options.batch_bytes,
     )
-    run = _Run(Runner(model, job), options, identity)
+    run = _Run(model, Runner(model, job), options, identity)
     with StopRequest() as stop:
         if options.workers == 1:
             return run.over(batches, run.one_by_one, stop)
@@ -156,7 +159,8 @@ class _Progress:
 
 
 class _Run:
-    def __init__(self, runner: Runner, options: CollectOptions, identity: ModelIdentity) -> None:
+    def __init__(self, model: Model, runner: Runner, options: CollectOptions, identity: ModelIdentity) -> None:
+        self._model = model
         self._runner = runner
         self._options = options
         self._identity = identity
@@ -189,7 +193,7 @@ class _Run:
         if not self._samples:
             raise _no_samples(self._skipped)
         result = self._result()
-        judge(result.tensors, self._options)
+        judge(result.tensors, self._options, self._model)
         saver.save()
         return result
 
@@ -223,7 +227,8 @@ class _Run:
         return _Progress(self._read.state(), self._skipped)
 
     def _filled(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        for batch in batches:
+        for given in batches:
+            batch = {name: to_array(value) for name, value in given.items()}
             if is_empty(batch):
                 self._skipped += 1
             else:
@@ -311,8 +316,10 @@ class _Saver:
         self._took = self._saved_at - start
 
 
-def judge(tensors: Stats, options: CollectOptions) -> None:
+def judge(tensors: Stats, options: CollectOptions, model: Model) -> None:
     """Warn of what does not take part in ranges, and refuse data that is mostly not finite.
+
+    -Inf that the model itself brings along, as masks of attention do, is no fault of the data.
 
     Raises:
         DataError: More than `MAX_NONFINITE` of a tensor is NaN or infinite, unless that is allowed.
@@ -321,6 +328,8 @@ def judge(tensors: Stats, options: CollectOptions) -> None:
     broken = [name for name, h in found.items() if h.nonfinite]
     masked = [name for name, h in found.items() if h.sentinel]
     bad = [name for name in broken if found[name].nonfinite > MAX_NONFINITE * found[name].total]
+    meant = masked_tensors(model.graph) if bad else set()
+    bad = [n for n in bad if n not in meant or found[n].nonfinite > found[n].extrema.neg_inf]
     if bad and not options.allow_nonfinite:
         raise DataError(
             f"tensor {bad[0]!r} is not finite",

@@ -11,6 +11,7 @@ import onnx_graphsurgeon as gs
 from ...calibrate.formats import FORMATS
 from ...calibrate.granularity import PER_TENSOR
 from ...calibrate.qarray import Spec
+from ...calibrate.stats.extrema import MAX_NONFINITE
 from ...calibrate.stats.histogram import Histogram
 from ..calibration import Calibration
 from ..constants import QUANTIZABLE, Weight, dtype_name, is_sparse, weight_of
@@ -123,6 +124,15 @@ class Context:
             return f"no statistics of {tensor.name!r}: {why}"
         return _unfit(tensor.name, self.calibration.tensors[tensor.name].histogram)
 
+    def unseen(self, node: gs.Node) -> str:
+        """Return why a node that calibration never reached stays in float, ``""`` when it was reached or none can say.
+
+        What a body reads from outside has statistics whether the body ran or not; what it computes only if it ran.
+        """
+        known = self.calibration.tensors if self.calibration is not None else {}
+        ran = any(t.name not in known or known[t.name].histogram.total for t in node.outputs if not t.is_empty())
+        return "" if ran else "it did not run during calibration: no batch took this branch"
+
     def refusal(self, node: gs.Node, rule: OpRule) -> str:
         """Return why a node stays in float whatever its neighbours do, ``""`` when nothing speaks against it."""
         return self.unwanted(node) or self._unable(node, rule)
@@ -167,6 +177,8 @@ class Context:
 def _unfit(name: str, histogram: Histogram) -> str:
     if histogram.sentinel:
         return f"{name!r} holds {histogram.sentinel} mask sentinels (over 1e30), which no scale can hold"
+    if histogram.extrema.neg_inf > MAX_NONFINITE * histogram.total:
+        return f"{name!r} holds {histogram.extrema.neg_inf} values of -Inf (a mask), which no scale can hold"
     if histogram.finite == 0:
         return f"no statistics of {name!r}: it held no finite value during calibration"
     return ""

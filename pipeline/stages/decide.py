@@ -161,7 +161,7 @@ def _inside_functions(functions: Collection[onnx.FunctionProto]) -> list[Decisio
         for index, node in enumerate(function.node):
             path = f"{function.domain}::{function.name}/{node.name or f'{node.op_type}_{index}'}"
             site = Site(node=path, slot="", tensor="", role="node")
-            reason = f"kept: inside the model-local function {function.name}"
+            reason = f"kept: inside the model-local function {function.name} (--inline takes its nodes out)"
             found.append(Decision(site=site, op=node.op_type, spec=None, reason=reason))
     return found
 
@@ -182,7 +182,7 @@ def _decide_node(node: gs.Node, context: Context, draft: _Draft, regions: Region
     """Decide one node; return why it stays in float, ``""`` when it does not or when its neighbours settle that."""
     domain = node.domain or ""
     if (domain, node.op) in context.functions:
-        return f"kept: call of the model-local function {node.op}"
+        return f"kept: call of the model-local function {node.op} (--inline puts its nodes here)"
     rule = rule_of(node)
     if rule is None:
         return f"no rule for {f'{domain}::' if domain else ''}{node.op}: it is left as it is"
@@ -270,7 +270,7 @@ def _seed(node: gs.Node, rule: OpRule, context: Context, regions: Regions) -> st
     needed = [t for slot, t in rule.data_inputs(node) if slot != rule.weight or weight_of(t) is None]
     if gives_codes:
         needed.append(regions.quantizer_place(node))
-    unfit = next((why for tensor in needed if (why := context.unfit(tensor))), "")
+    unfit = next((why for tensor in needed if (why := context.unfit(tensor))), "") or context.unseen(node)
     if not unfit:
         regions.seed(node, rule, gives_codes=gives_codes)
     return unfit

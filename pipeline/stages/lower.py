@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 
+import onnx_graphsurgeon as gs
 from onnx import GraphProto
 
 from ...calibrate.errors import UnsupportedError
-from ..graph import Model, all_graphs, check
+from ..ceilings import measure
+from ..graph import Model, all_graphs, check, clone
+from ..graph.importer import NodeOrigin, file_name_of
 from ..plan import Plan
 from ..recipe import Recipe
 from ..targets import TARGETS
@@ -22,8 +24,6 @@ IR_OF_OPSET = {10: 5, 11: 6, 12: 7, 13: 7, 15: 8, 19: 9, 21: 10, 23: 11, 24: 12,
 """IR version that came with an opset (ONNX, Versioning); a newer one would shut out older runtimes for nothing."""
 _WEIGHTS_AS_INPUTS_IR = 3
 """Last IR version in which every initializer had to be listed among the inputs."""
-
-_LOG = logging.getLogger(__name__)
 
 
 def needed_opset(plan: Plan, start: int) -> int:
@@ -44,13 +44,14 @@ def needed_opset(plan: Plan, start: int) -> int:
 def lower(model: Model, plan: Plan, recipe: Recipe) -> Model:
     """Return ``model`` with versions and metadata set, its structure checked.
 
-    An opset above what the target has kernels for is lowered where possible; else it stays, and the log says so.
+    An opset above what the target has kernels for is lowered where possible; else it stays, and `opset_note` says so.
     """
     if not runs_on_target(model, plan.target):
         model = _below(model, TARGETS.get(plan.target).opset_ceiling)
     model.ir_version, old = _ir_version(model), model.ir_version
     if old <= _WEIGHTS_AS_INPUTS_IR:
         _unlist_weights(model)
+    _tell_apart(model.graph)
     kinds = {d.form for d in plan.quantized()}
     model.metadata.update(
         {
@@ -66,16 +67,57 @@ def lower(model: Model, plan: Plan, recipe: Recipe) -> Model:
     return model
 
 
+def runnable(model: Model) -> Model:
+    """Return a model that the installed ONNX Runtime reads: one of a newer opset at the one that it knows, if possible.
+
+    Names of tensors stay, so what is measured in the result holds for the model. Others come back as they are.
+    """
+    is_new = model.opset > max(IR_OF_OPSET) or model.ir_version > IR_OF_OPSET[max(IR_OF_OPSET)]
+    if not is_new and not _named_alike(model.graph):
+        return model
+    known = (measure()["max_opset"] or model.opset) if is_new else model.opset
+    result = _below(model, known) if model.opset > known else clone(model)
+    result.ir_version = _ir_version(result) if is_new else result.ir_version
+    _tell_apart(result.graph)
+    return result
+
+
+def _named_alike(graph: gs.Graph) -> list[gs.Node]:
+    """Return the nodes whose name in the file another node before them has, which ONNX Runtime refuses."""
+    seen: set[str] = set()
+    found = []
+    for node in (node for inner in all_graphs(graph) for node in inner.nodes):
+        name = file_name_of(node)
+        if name and name in seen:
+            found.append(node)
+        seen.add(name)
+    return found
+
+
+def _tell_apart(graph: gs.Graph) -> None:
+    """Let nodes that the file names alike be written under their names of their own."""
+    for node in _named_alike(graph):
+        node.origin = NodeOrigin("", node.origin.proto)
+
+
 def runs_on_target(model: Model, target: str) -> bool:
     """Whether the target has kernels for the model's opset."""
     return model.opset <= TARGETS.get(target).opset_ceiling
 
 
+def opset_note(model: Model, target: str) -> tuple[str, ...]:
+    """Return what a user should know of an opset that the target has no kernels for."""
+    if runs_on_target(model, target):
+        return ()
+    ceiling = TARGETS.get(target).opset_ceiling
+    text = f"opset {model.opset} stays, beyond what {target} has kernels for (opset {ceiling}): an operator is newer"
+    return (f"{text}; only a newer runtime runs the model",)
+
+
 def _below(model: Model, ceiling: int) -> Model:
     try:
         return move_opset(model, ceiling)
-    except UnsupportedError as error:
-        _LOG.warning("opset %d stays, beyond what the target has kernels for: %s", model.opset, error.found)
+    except UnsupportedError:
         return model
 
 

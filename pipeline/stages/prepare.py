@@ -47,7 +47,7 @@ def require_opset(model: Model) -> None:
             where=str(model.path or "model in memory"),
             found=f"opset {model.opset}",
             expected=f"opset {FIRST_QDQ_OPSET} or newer, 13 for scales per channel",
-            do="qpipe quantize with --upgrade converts it, or export it again at opset 13 or newer",
+            do="pass --upgrade, which converts it, or export it again at opset 13 or newer",
         )
 
 

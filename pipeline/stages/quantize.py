@@ -20,7 +20,7 @@ from ..targets import TARGETS
 from .decide import decide
 from .floats import Given, border_of, float_notes, require_float_type, with_floats
 from .insert import insert
-from .lower import lower, needed_opset
+from .lower import lower, needed_opset, opset_note
 from .prepare import prepare
 from .solve import Key, Solved, solve
 from .upgrade import move_opset
@@ -154,7 +154,7 @@ def quantize_model(
         plan=plan,
         activations=activations,
         weights=weights,
-        notes=(*float_notes(recipe, calibration, given), *bench.notes),
+        notes=(*float_notes(recipe, calibration, given), *bench.notes, *opset_note(lowered, plan.target)),
     )
 
 

@@ -90,7 +90,8 @@ def _converted(model: Model, proto: ModelProto, opset: int) -> ModelProto:
     try:
         result = onnx.version_converter.convert_version(proto, opset)
     except (RuntimeError, ValueError) as error:
-        raise _refusal(model, opset, str(error).splitlines()[0]) from error
+        # What stands before is a place in the converter's own source.
+        raise _refusal(model, opset, str(error).splitlines()[0].rpartition("failed: ")[2]) from error
     weights = {tensor.name for tensor in result.graph.initializer} - inputs
     kept = [value for value in result.graph.input if value.name not in weights]
     del result.graph.input[:]

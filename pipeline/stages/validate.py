@@ -21,7 +21,7 @@ from ...calibrate.errors import DataError, ModelError, RecipeError
 from .. import environment
 from ..accuracy import Comparison
 from ..data import InputInfo, conform, inputs_of, samples_in
-from ..graph import Model, load
+from ..graph import Model, load, to_proto
 from ..inspect import file_bytes
 from ..layers import Layer, common_layers, score_outputs, with_outputs
 from ..qdq_check import check_qdq
@@ -46,8 +46,10 @@ from ..validation import (
     speedup,
     verdicts,
 )
+from .lower import runnable
 
 if TYPE_CHECKING:
+    import onnx
     import onnxruntime
 
 Batch = Mapping[str, npt.NDArray[Any]]
@@ -231,7 +233,9 @@ class _Run:
 
     def _session(self, name: str) -> onnxruntime.InferenceSession:
         options, path = self._options, self._pair.paths[name]
-        source: Path | bytes = path
+        model = self._pair.models.get(name, self._pair.models[EXACT])
+        older = runnable(model)
+        source: Path | bytes | onnx.ModelProto = path if older is model else to_proto(older)
         config: dict[str, str] = {}
         if self._pair.layers and name in (EXACT, LAYERS):
             names = (layer.tensor if name == LAYERS else layer.quantized for layer in self._pair.layers)

@@ -339,13 +339,9 @@ def test_declared_domains_without_use_and_duplicate_node_names() -> None:
     source = model(body, domains='"unused.domain" : 3', w=normal(4, 4))
     for node in source.graph.node:
         node.name = "same"
-    unique = onnx.ModelProto()
-    unique.CopyFrom(source)
-    unique.graph.node[1].name = "other"
-    statistics = Calibration(tensors={name: TensorStats(histogram=Histogram.of(normal(9, 4))) for name in "xhy"})
-    found = quantize(source, calibration=statistics)
+    found = quantize(source)
     names = [node.name for node in found.proto.graph.node if node.op_type == "MatMul"]
-    assert names == ["same", "same"]
+    assert names == ["same", "same_0"], "ONNX Runtime refuses two nodes of one name"
     assert len(found.plan.nodes()) == 2
 
 

@@ -193,6 +193,56 @@ def test_values_that_are_not_finite(bad):
     assert allowed.tensors["x"].histogram.nonfinite == 14
 
 
+def masked_attention(mask: str) -> onnx.ModelProto:
+    """Scores with a mask of the model's own, as exporters write them."""
+    text = f"""<ir_version: 8, opset_import: ["": 17]>
+        g (float[N,4] x, bool[4] keep) => (float[N,4] y)
+        {{ {mask}  s = Add (x, m)  r = Reshape (s, shape)  y = Softmax (r) }}"""
+    model = parser.parse_model(text)
+    arrays = {"low": np.float32(-np.inf), "zero": np.float32(0), "shape": np.array([-1, 4])}
+    used = {name: array for name, array in arrays.items() if name in mask or name == "shape"}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in used.items())
+    return model
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        "m = Where (keep, zero, low)",
+        "c = Constant <value_float = -inf> ()  m = Where (keep, zero, c)",
+        "c = Constant <value = float {inf}> ()  n = Neg (c)  m = Where (keep, zero, n)",
+    ],
+)
+def test_infinities_that_the_model_brings_along_are_masks(mask: str) -> None:
+    batch = {"x": data(1, 4)[0], "keep": np.array([True, False, True, False])}
+    found = collect(masked_attention(mask), ["m", "s", "r"], [batch])
+    assert found.tensors["r"].histogram.extrema.neg_inf == batch["x"].size // 2
+    spoiled = {**batch, "x": np.full_like(batch["x"], -np.inf)}
+    spoiled["x"][:, 0] = 0
+    with pytest.raises(DataError, match="'x' is not finite"):
+        collect(masked_attention(mask), ["x", "m"], [spoiled])
+    spoiled["x"][:, 1] = np.nan
+    with pytest.raises(DataError, match="is not finite"):
+        collect(masked_attention(mask), ["s"], [spoiled])
+
+
+def test_an_input_without_elements_is_no_empty_batch():
+    model = parser.parse_model("""
+        <ir_version: 8, opset_import: ["": 17]>
+        g (float[N,S,4] cache, float[N,1,4] x) => (float[N,T,4] y) { y = Concat <axis = 1> (cache, x) }
+    """)
+    first = {"cache": np.zeros((2, 0, 4), np.float32), "x": data(2, 1)[:, :, :4]}
+    found = collect(model, ["x", "y"], [first])
+    assert (found.samples, found.skipped) == (2, 0)
+    with pytest.raises(DataError, match="no samples"):
+        collect(model, ["x", "y"], [{name: array[:0] for name, array in first.items()}])
+
+
+def test_values_that_are_no_arrays():
+    with pytest.raises(DataError, match="no array"):
+        collect(chain(), ["a"], [{"x": [data(2, 3), data(2, 4)]}])
+
+
 def test_an_output_that_is_not_finite_is_refused_at_once():
     x = data(1, 500)
     x[0, 0, 0] = np.nan

@@ -39,21 +39,19 @@ def insert_outlier(bench: Workbench, node: gs.Node, decisions: list[Decision]) -
     packed = contract.pack(matrix, list(decision.columns), x_dtype)
     bias, output = take_bias(node, matrix.shape[0])
     name = node.inputs[decision.site.index].name
-    inputs: list[gs.Tensor] = [x]
-    for key, array in packed.inputs().items():
-        inputs.append(bench.constant(f"{name}_{key}", array, _onnx_type(array)))
-    if bias is not None:
-        inputs.append(bench.constant(f"{name}_bias", bias.astype(np.float32), "FLOAT"))
-    attrs = {"limit": float(decision.limit), "padding": contract.PADDING}
+    if bias is None:  # zeros cost nothing, and some runtimes cannot run the body without
+        bias = np.zeros(matrix.shape[0], np.float32)
+    arrays = {**packed.inputs(), "bias": bias.astype(np.float32)}
+    constants = [bench.constant(f"{name}_{key}", array, onnx_type(array)) for key, array in arrays.items()]
     fresh = gs.Node(
         op=contract.OP_TYPE,
         name=bench.fresh(f"{node.name}_{contract.OP_TYPE}"),
-        attrs=attrs,
-        inputs=inputs,
+        attrs={"limit": float(decision.limit), "padding": contract.PADDING},
+        inputs=[x, *constants],
         outputs=[output, bench.variable(f"{node.name}_new_outliers")],
         domain=contract.DOMAIN,
     )
-    bench.graph.nodes.append(fresh)
+    bench.scope.nodes.append(fresh)
     key = f"{contract.DOMAIN}::{contract.OP_TYPE}"
     if key not in bench.functions or decision.limit > 0:
         opset = max(int(bench.graph.opset), OLDEST_BODY_OPSET)
@@ -93,6 +91,7 @@ def _vector(tensor: gs.Tensor, size: int) -> npt.NDArray[Any] | None:
     return np.asarray(constant.values()).reshape(size)
 
 
-def _onnx_type(array: npt.NDArray[Any]) -> str:
+def onnx_type(array: npt.NDArray[Any]) -> str:
+    """Return the ONNX name of an array's element type."""
     names = {"int8": "INT8", "int32": "INT32", "float32": "FLOAT", "float16": "FLOAT16", "bfloat16": "BFLOAT16"}
     return names[array.dtype.name]

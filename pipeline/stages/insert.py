@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx_graphsurgeon as gs
 
 from ..forms import FORMS, Workbench
+from ..forms.siblings import join_siblings
 from ..graph import all_graphs
 from ..ordering import sort_nodes
 from ..plan import Decision, Plan
@@ -28,6 +29,7 @@ def insert(plan: Plan, bench: Workbench) -> gs.Graph:
             form = next((d.form for d in decisions if d.site.role != "bias"), "qdq")
             if decisions:
                 FORMS.get(form)(bench, node, decisions)
+    join_siblings(bench)
     bench.graph.cleanup(remove_unused_graph_inputs=False)
     sort_nodes(bench.graph)
     return bench.graph

@@ -50,6 +50,7 @@ def choose(tensor: str, calibration: Calibration | None, options: OutlierOptions
         threshold=options.threshold,
         absolute=options.absolute,
         cap=options.cap,
+        least=1,
     )
 
 

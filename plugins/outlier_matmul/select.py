@@ -42,6 +42,7 @@ def select_outliers(
     threshold: float,
     absolute: bool = False,
     cap: int = DEFAULT_CAP,
+    least: int = 0,
 ) -> Selection:
     """Choose the channels whose amplitude is out of proportion.
 
@@ -54,6 +55,8 @@ def select_outliers(
             ``threshold`` itself when ``absolute``.
         absolute: Take ``threshold`` as a magnitude, as the paper does (6.0).
         cap: Most columns that may be chosen; the largest are kept.
+        least: Fewest columns to choose, the largest first, where ``cap`` allows: some runtimes cannot run the function
+            body with none.
 
     Returns:
         The selection; ties at the cap go to the lower channel number.
@@ -67,8 +70,9 @@ def select_outliers(
         raise ValueError("threshold must be positive, cap not negative, amplitudes finite")
     bound = threshold if absolute else threshold * float(np.median(level)) if amax.size else threshold
     met = np.flatnonzero((amax >= bound) & (amax > 0))
-    strongest = met[np.argsort(-amax[met], kind="stable")]
-    index = np.sort(strongest[:cap])
+    order = np.argsort(-amax, kind="stable")
+    strongest = order[np.isin(order, met)]
+    index = np.sort(order[: min(cap, least)] if len(strongest) < least else strongest[:cap])
     per_channel = typical is not None and np.ndim(typical) > 0
     energy = np.square(level if per_channel else amax)
     regular = np.delete(amax, index)
@@ -76,6 +80,6 @@ def select_outliers(
         index=index.astype(np.int32),
         energy_share=float(energy[index].sum() / energy.sum()) if energy.sum() > 0 else 0.0,
         bound=float(bound),
-        capped=len(strongest) - len(index),
+        capped=max(len(strongest) - len(index), 0),
         limit=float(regular.max(initial=0.0)),
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
+from onnx import inliner, numpy_helper
 from qpipe.pipeline import graph
 from qpipe.pipeline.calibration.observe import Detail
 from qpipe.pipeline.session import SessionExtras, make_session
@@ -91,11 +91,88 @@ def test_gemm_in_both_layouts(transposed: int) -> None:
     assert error(done, batches[0]) < 0.02
 
 
-def test_no_outliers_is_plain_row_and_column_scales() -> None:
+def test_where_nothing_stands_out_one_column_keeps_the_body_portable() -> None:
     done = outlier(net(), loud_batches(factor=1.0))
     node = done.proto.graph.node[0]
-    assert done.initializers()[node.input[3]].size == 0
+    assert done.initializers()[node.input[3]].size == 1
     assert error(done, loud_batches(factor=1.0)[0]) < 0.02
+
+
+def test_no_bias_becomes_zeros_for_runtimes_that_need_one() -> None:
+    done = outlier(
+        model("g (float[N,T,96] x) => (float[N,T,80] y) { y = MatMul(x, w) }", w=normal(96, 80)), loud_batches()
+    )
+    assert not done.initializers()[done.proto.graph.node[0].input[5]].any()
+
+
+QKV = """g (float[N,T,96] x) => (float[N,T,80] q, float[N,T,48] k, float[N,T,33] v) {
+    a = MatMul(x, wq)  q = Add(a, bq)  k = MatMul(x, wk)  c = MatMul(x, wv)  v = Add(bv, c)
+}"""
+
+
+def qkv() -> onnx.ModelProto:
+    weights = {"wq": normal(96, 80), "wk": normal(96, 48, seed=1), "wv": normal(96, 33, seed=2)}
+    return model(QKV, **weights, bq=normal(80), bv=normal(33))
+
+
+@pytest.mark.parametrize("plugin", [True, False])
+def test_siblings_become_one_product_with_the_same_numbers(plugin: bool) -> None:
+    proto, batches = qkv(), loud_batches()
+    done = outlier(proto, batches)
+    assert done.ops() == {"OutlierMatMul": 1, "Split": 1}
+    assert [output.name for output in done.proto.graph.output] == ["q", "k", "v"]
+    session = make_session(done.proto, extras=SessionExtras(plugin=plugin))
+    together = session.run(["q", "k", "v"], batches[0])
+    for name, weight in (("q", "wq"), ("k", "wk"), ("v", "wv")):
+        others = {"wq", "wk", "wv"} - {weight}
+        alone = outlier(proto, batches, exclude=tuple(node_of(proto, other) for other in others))
+        assert alone.ops()["OutlierMatMul"] == 1
+        apart = make_session(alone.proto, extras=SessionExtras(plugin=plugin)).run([name], batches[0])[0]
+        np.testing.assert_array_equal(together[["q", "k", "v"].index(name)], apart)
+
+
+def node_of(proto: onnx.ModelProto, weight: str) -> str:
+    prepared = prepare(graph.from_proto(proto)).graph
+    return next(node.name for node in prepared.nodes if any(t.name == weight for t in node.inputs))
+
+
+def test_products_of_different_tensors_stay_apart() -> None:
+    body = "g (float[N,T,96] x) => (float[N,T,96] y, float[N,T,80] z) { y = MatMul(x, w)  z = MatMul(y, v) }"
+    done = outlier(model(body, w=normal(96, 96), v=normal(96, 80)), loud_batches())
+    assert done.ops() == {"OutlierMatMul": 2}
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "tract"])
+@pytest.mark.parametrize("factor", [1.0, 50.0])
+def test_the_file_runs_elsewhere_once_its_functions_are_inlined(runtime: str, factor: float, tmp_path: Path) -> None:
+    proto, batches = qkv(), loud_batches(factor=factor)
+    done = outlier(proto, batches)
+    expected = make_session(done.proto).run(["q", "k", "v"], batches[0])
+    inlined = inliner.inline_local_functions(done.proto)
+    got = (run_openvino if runtime == "openvino" else run_tract)(inlined, batches[0]["x"], tmp_path)
+    for theirs, ours in zip(got, expected, strict=True):
+        np.testing.assert_allclose(theirs, ours, rtol=0, atol=2e-5 * np.abs(ours).max())
+
+
+def run_openvino(proto: onnx.ModelProto, x: np.ndarray, _folder: Path) -> list[np.ndarray]:
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    core = openvino.Core()
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = core.compile_model(core.read_model(proto.SerializeToString()), "CPU", settings)
+    results = compiled([x])
+    return [results[i] for i in range(3)]
+
+
+def run_tract(proto: onnx.ModelProto, x: np.ndarray, folder: Path) -> list[np.ndarray]:
+    tract = pytest.importorskip("tract", reason="tract is not installed")
+    extents = dict(zip("NT", x.shape, strict=False))
+    for info in (*proto.graph.input, *proto.graph.value_info, *proto.graph.output):
+        for dim in info.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_value = extents[dim.dim_param]
+    onnx.save(proto, folder / "model.onnx")
+    found = tract.onnx().load(str(folder / "model.onnx")).into_model().into_runnable().run([x])
+    return [value.to_numpy() for value in found]
 
 
 def test_the_cap_keeps_the_largest_and_says_so() -> None:

@@ -181,6 +181,15 @@ def test_nothing_stands_out() -> None:
         assert chosen.energy_share == 0
 
 
+def test_the_fewest_columns() -> None:
+    amax = np.array([1.0, 3, 2, 1])
+    for least, cap, expected in ((0, 4, []), (1, 4, [1]), (2, 4, [1, 2]), (1, 0, [])):
+        chosen = select_outliers(amax, threshold=6.0, cap=cap, least=least)
+        assert chosen.index.tolist() == expected
+        assert chosen.capped == 0
+        assert chosen.limit == np.delete(amax, expected).max()
+
+
 @pytest.mark.parametrize("amax", [[math.nan], [math.inf]])
 def test_amplitudes_must_be_finite(amax) -> None:
     with pytest.raises(ValueError, match="finite"):

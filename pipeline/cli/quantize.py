@@ -208,6 +208,8 @@ def _weight_bytes(model: Model) -> int:
 
 
 def _report(result: Quantized | Preview, recipe: Recipe, given: dict[str, Any], outcome: _Outcome) -> None:
+    from ..stages.tune import describe_passes
+
     nodes = result.plan.nodes()
     quantized = [d for d in nodes.values() if d.spec is not None]
     kept = [d for d in nodes.values() if d.spec is None]
@@ -221,6 +223,7 @@ def _report(result: Quantized | Preview, recipe: Recipe, given: dict[str, Any], 
         "weight_bytes_after": after,
         "methods": dict(methods),
         "opset": outcome.opset,
+        "passes": result.passes,
         "notes": list(outcome.notes),
         "estimate": outcome.expected.to_dict(),
         "measured": outcome.took.to_dict() if outcome.took else None,
@@ -230,6 +233,7 @@ def _report(result: Quantized | Preview, recipe: Recipe, given: dict[str, Any], 
         f"scheme {recipe.scheme}, target {result.plan.target}, ranges by "
         + (", ".join(f"{name} ({n})" for name, n in methods.most_common()) or "none needed"),
         f"quantized {len(quantized)} of {len(nodes)} nodes, weights {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB",
+        *(f"rewritten for {result.plan.target}: {line}" for line in describe_passes(result.passes)),
     ]
     for note in outcome.notes:
         output.warn(note)

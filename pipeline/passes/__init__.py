@@ -1,4 +1,6 @@
-"""Passes: graph -> graph, before anything is decided. The order matters, so it is visible here.
+"""Passes: graph -> graph. The order matters, so it is visible here.
+
+`PASSES` run before anything is decided, for every target; `TARGET_PASSES` at the end, for the targets that name them.
 
 A pass works on one graph at a time, the main one or a body; nodes without use are left to `stages.prepare`.
 """
@@ -12,11 +14,16 @@ import onnx_graphsurgeon as gs
 from ..fresh import FreshNames
 from .densify_sparse import densify_sparse
 from .einsum_to_matmul import einsum_to_matmul
+from .floor_masked_softmax import floor_masked_softmax
 from .fold_batchnorm import fold_batchnorm
 from .lower_constants import lower_constants
 from .remove_identity import remove_identity
+from .sum_residuals import sum_residuals
 
 Pass = Callable[[gs.Graph, FreshNames], int]
 """Changes one graph in place and returns how many places it changed."""
 
 PASSES: tuple[Pass, ...] = (lower_constants, densify_sparse, remove_identity, einsum_to_matmul, fold_batchnorm)
+
+TARGET_PASSES: dict[str, Pass] = {run.__name__: run for run in (sum_residuals, floor_masked_softmax)}
+"""By name, in order. The first line of a pass's docstring, up to "; return", is what a plan prints of it."""

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from ..calibration import Calibration
 from ..estimate import Cost, estimate
-from ..graph import Model
+from ..graph import Model, clone
 from ..plan import Plan
 from ..recipe import Recipe
 from ..statistics import with_constants, with_moved
 from .decide import decide
 from .solve import Key, Solved, solve
+from .tune import tune
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,11 +23,13 @@ class Preview:
     Attributes:
         plan: What was decided; that a weight is not finite, or how large it is, is not known yet.
         activations: Ranges and scales of activations.
+        passes: Passes of the target that would rewrite something -> how many places.
         cost: What it will take, estimated.
     """
 
     plan: Plan
     activations: dict[Key, Solved]
+    passes: dict[str, int]
     cost: Cost
 
 
@@ -47,4 +50,5 @@ def preview(model: Model, recipe: Recipe, calibration: Calibration | None, folde
     plan = decide(model.graph, recipe, known, functions=model.functions)
     known = with_constants(model.graph, plan, known) if known is not None else None
     cost = estimate(model, plan, folder, spent)
-    return Preview(plan=plan, activations=solve(plan, known, recipe.method), cost=cost)
+    passes = tune(clone(model), recipe.target) if plan.quantized() else {}
+    return Preview(plan=plan, activations=solve(plan, known, recipe.method), passes=passes, cost=cost)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ...calibrate.equalize import EQUALIZERS
 from ...calibrate.errors import ModelError
@@ -23,6 +23,7 @@ from .insert import insert
 from .lower import lower, needed_opset, opset_note
 from .prepare import prepare
 from .solve import Key, Solved, solve
+from .tune import tune
 from .upgrade import move_opset
 from .weights import quantize_weights, settle_global, settle_nonfinite
 
@@ -41,6 +42,7 @@ class Quantized:
         plan: What was decided.
         activations: Ranges and scales of activations.
         weights: Codes of weights.
+        passes: Passes of the target that rewrote something -> how many places.
         notes: What could not be seen before the numbers were there, and a user should know.
     """
 
@@ -48,6 +50,7 @@ class Quantized:
     plan: Plan
     activations: dict[Key, Solved]
     weights: dict[Site, QArray]
+    passes: dict[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
@@ -148,12 +151,14 @@ def quantize_model(
     if given.nodes or recipe.float_type is not None:
         narrow(model.graph, plan, border_of(recipe, given), half_scales=target.half_scales)
     _add_functions(model, bench)
+    passes = tune(model, recipe.target) if plan.quantized() else {}
     lowered = lower(model, plan, recipe)
     return Quantized(
         model=lowered,
         plan=plan,
         activations=activations,
         weights=weights,
+        passes=passes,
         notes=(*float_notes(recipe, calibration, given), *bench.notes, *opset_note(lowered, plan.target)),
     )
 

@@ -42,6 +42,7 @@ class Target:
         opset_ceiling: Highest opset that the target has kernels for.
         pair_limit: Largest sum of two neighbouring int8 weights of one sign, for kernels that add two products in 16
             bits; 0 where sums do not saturate.
+        passes: Names of the passes (`TARGET_PASSES`) that rewrite what the plan left in float, for speed.
         source: Where the facts come from.
         notes: What a user should know beside.
     """
@@ -67,6 +68,7 @@ class Target:
     float32_ops: frozenset[str] = frozenset()
     opset_ceiling: int = 25
     pair_limit: int = 0
+    passes: frozenset[str] = frozenset()
     source: str = ""
     notes: tuple[str, ...] = ()
 

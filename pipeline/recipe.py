@@ -17,7 +17,7 @@ from ..calibrate.errors import RecipeError
 from ..calibrate.formats import FORMATS
 from ..calibrate.granularity import PER_TENSOR, per_block, per_channel
 from ..calibrate.qarray import Spec
-from .schemes import SCHEMES
+from .schemes import SCHEMES, near_schemes
 
 
 class _Part(BaseModel):
@@ -174,6 +174,11 @@ class OutlierOptions(_Part):
     headroom: float = Field(default=2.0, ge=0)
     min_inputs: int = Field(default=64, ge=1)
 
+    @property
+    def looks_at_data(self) -> bool:
+        """Whether outliers are looked for at all: none may be chosen, and none are expected, in vector-wise int8."""
+        return self.cap > 0 or self.headroom > 0
+
 
 class LayerOptions(_Part):
     """Another scheme for some nodes; the first entry that matches a node wins.
@@ -219,6 +224,7 @@ class Recipe(_Part):
         bias_correction: Fold the expected output error into biases.
         include: Patterns of nodes that may be quantized; empty means all.
         exclude: Patterns of nodes that stay in float.
+        keep: ``first`` leaves the layers that no other layer feeds in float, ``last`` those that feed no other.
         layers: Other schemes for some nodes.
     """
 
@@ -235,6 +241,7 @@ class Recipe(_Part):
     bias_correction: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    keep: tuple[Literal["first", "last"], ...] = ()
     layers: tuple[LayerOptions, ...] = ()
 
     def digest(self) -> str:
@@ -250,10 +257,9 @@ def make_recipe(**keys: Any) -> Recipe:
     """
     scheme = keys.get("scheme", "w8a8")
     if scheme not in SCHEMES:
-        near = difflib.get_close_matches(scheme, SCHEMES, n=3, cutoff=0.4) or sorted(SCHEMES)
         raise RecipeError(
             f"no scheme is called {scheme!r}",
-            expected=", ".join(near),
+            expected=" or ".join(near_schemes(str(scheme))),
             do=f"use --scheme with one of: {', '.join(sorted(SCHEMES))}",
         )
     merged = _merge(SCHEMES[scheme].keys, keys)

@@ -31,12 +31,23 @@ def scheme(name: str | None, as_json: bool) -> None:
 
     if name is None:
         data = {key: found.summary for key, found in SCHEMES.items()}
-        output.emit({"schemes": data}, as_json, output.table(["scheme", ""], [list(item) for item in data.items()]))
+        known = {key: found.known_as for key, found in SCHEMES.items()}
+        others = "; ".join(f"{key}: {', '.join(names)}" for key, names in known.items() if names)
+        lines = output.table(["scheme", ""], [list(item) for item in data.items()])
+        lines += ["", *textwrap.wrap(f"Known elsewhere as {others}.", 110)]
+        output.emit({"schemes": data, "known_as": known}, as_json, lines)
         return
     recipe, found = make_recipe(scheme=name), SCHEMES[name]
     lines = yaml.safe_dump({"scheme": name, **found.keys}, sort_keys=False).splitlines()
-    data = {"recipe": recipe.model_dump(mode="json"), "summary": found.summary, "in_float": found.in_float}
+    data = {
+        "recipe": recipe.model_dump(mode="json"),
+        "summary": found.summary,
+        "in_float": found.in_float,
+        "known_as": found.known_as,
+    }
     remarks = [*textwrap.wrap(found.summary), *textwrap.wrap(f"In float: {found.in_float}.")]
+    if found.known_as:
+        remarks += textwrap.wrap(f"Known elsewhere as: {', '.join(found.known_as)}.")
     output.emit(data, as_json, [*(f"# {line}" for line in remarks), *lines])
 
 

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 @click.option("--recipe", type=click.Path(path_type=Path), help="Recipe file (YAML); flags win over its keys.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only nodes that match: glob, re:, op:.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave matching nodes in float.")
+@click.option("--keep", multiple=True, type=click.Choice(["first", "last"]), help="Keep first or last layers in float.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and what it will take, and stop.")
 @click.option("--why", is_flag=True, help="List every node with the reason of its decision.")
 @click.option("--save-plan", type=click.Path(path_type=Path), help="Write the plan as JSON.")
@@ -130,7 +131,7 @@ def _recipe(given: dict[str, Any]) -> Recipe:
     for name in ("scheme", "target", "method", "equalize", "float_type"):
         if given[name]:
             keys[name] = given[name]
-    for name in ("include", "exclude"):
+    for name in ("include", "exclude", "keep"):
         if given[name]:
             keys[name] = tuple(given[name])
     for text in [*_short_settings(given), *given["settings"]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import onnx_graphsurgeon as gs
@@ -38,6 +38,7 @@ class Context:
         calibration: Statistics, None when no activation gets a static scale.
         opset: Of the model.
         layers: Recipes of some nodes, by pattern; the first that matches wins.
+        ends: First and last layers that stay in float on request, with the reason.
         functions: Domain and name of model-local functions, whose calls are no operators.
     """
 
@@ -46,6 +47,7 @@ class Context:
     calibration: Calibration | None
     opset: int
     layers: tuple[tuple[str, Recipe], ...] = ()
+    ends: Mapping[str, str] = field(default_factory=dict)
     functions: Collection[tuple[str, str]] = ()
     _constants: dict[str, Histogram] = field(default_factory=dict)
     _adapted: dict[int, Recipe] = field(default_factory=dict)
@@ -144,6 +146,8 @@ class Context:
                 return f"excluded by the pattern {pattern!r}"
         if self.recipe.include and not any(matches(pattern, node) for pattern in self.recipe.include):
             return "no --include pattern matches it"
+        if node.name in self.ends:
+            return self.ends[node.name]
         if self.recipe_for(node).weights is None and self.recipe_for(node).activations is None:
             return "the recipe leaves this layer in float"
         return ""

@@ -28,6 +28,7 @@ from ..rules import OpRule, rule_of
 from ..targets import TARGETS
 from . import choice, outliers
 from .context import PER_CHANNEL_OPSET, Context
+from .ends import end_layers
 from .regions import Regions
 
 _LOG = logging.getLogger(__name__)
@@ -142,6 +143,7 @@ def _context(
         calibration=calibration,
         opset=int(graph.opset),
         layers=tuple((entry.match, of_layer(entry)) for entry in recipe.layers),
+        ends=end_layers(graph, recipe.keep),
         functions={(function.domain, function.name) for function in functions},
     )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from ...plugins.outlier_matmul.op import X_TYPES, Selection, select_outliers
@@ -39,6 +42,8 @@ def choose(tensor: str, calibration: Calibration | None, options: OutlierOptions
         calibration: Statistics with magnitudes per channel.
         options: Criterion and cap.
     """
+    if not options.looks_at_data:
+        return Selection(index=np.zeros(0, np.int32), energy_share=0.0, bound=math.inf, capped=0, limit=0.0)
     known = None if calibration is None else calibration.tensors.get(tensor)
     if known is None:
         return f"no statistics of {tensor!r}: it was not seen during calibration"
@@ -57,6 +62,8 @@ def choose(tensor: str, calibration: Calibration | None, options: OutlierOptions
 def describe(selection: Selection) -> str:
     """Return the choice as the reason that the plan prints."""
     count = len(selection.index)
+    if math.isinf(selection.bound):
+        return "int8 with one scale per row of its input, found at run time, and one per column of its weight"
     more = f", {selection.capped} more beyond the cap" if selection.capped else ""
     return (
         f"int8 rows and columns; {count} outlier columns in float hold {selection.energy_share:.0%} of the energy{more}"

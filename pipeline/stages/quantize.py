@@ -88,7 +88,7 @@ def needed_detail(recipe: Recipe) -> str:
 
 
 def _needs(recipe: Recipe) -> set[str]:
-    needs = {"channels"} if recipe.form == "outlier" else set()
+    needs = {"channels"} if recipe.form == "outlier" and recipe.outliers.looks_at_data else set()
     if recipe.weights is not None and recipe.weights.algorithm:
         needs |= WEIGHT_METHODS.resolve(recipe.weights.algorithm).needs
     if recipe.equalize:

@@ -83,6 +83,7 @@ def kernels(proto: onnx.ModelProto, folder: Path) -> Counter[str]:
 EXPECTED: dict[str, tuple[int, float, dict[str, int]]] = {
     "w8a8": (21, 33, {"QLinearMatMul": 1, "QLinearConv": 1, "QGemm": 1}),
     "w8a8-dynamic": (21, 33, {"DynamicQuantizeMatMul": 2, "Conv": 1}),
+    "w8a8-vector": (21, 33, {"OutlierMatMul": 2, "Conv": 1}),
     "w8": (21, 38, {"MatMul": 1, "DequantizeLinear": 3}),
     "w4": (21, 14, {"MatMulNBits": 2, "DequantizeLinear": 1}),
     "w4-nf4": (21, 14, {"MatMulBnb4": 2, "Conv": 1}),
@@ -166,9 +167,49 @@ def test_explain_prints_lines_that_are_the_recipe(name: str) -> None:
         [sys.executable, "-m", "qpipe", "explain", "scheme", name], capture_output=True, text=True, check=True
     ).stdout
     lines = [line for line in shown.splitlines() if not line.startswith("#")]
-    assert len(lines) <= 8
+    assert len(lines) <= 9
     assert make_recipe(**yaml.safe_load("\n".join(lines))) == make_recipe(scheme=name)
     assert "# In float:" in shown
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("nf4", "w4-nf4"),
+        ("LLM_int8", "w8a8-outlier"),
+        ("eetq", "w8"),
+        ("int4", "w4"),
+        ("float16", "fp16"),
+        ("w8a9", "w8a8"),
+    ],
+)
+def test_names_of_other_tools_lead_to_the_scheme(name: str, scheme: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        make_recipe(scheme=name)
+    assert scheme in str(caught.value.expected).split(" or ")
+
+
+def test_no_two_schemes_are_known_by_one_name() -> None:
+    known = [name for scheme in SCHEMES.values() for name in scheme.known_as]
+    assert len(set(known)) == len(known)
+    assert not set(known) & set(SCHEMES)
+
+
+def test_vector_wise_scales_are_one_per_row_and_column() -> None:
+    """X s_x [tokens, 1] and W s_w [1, out], both of the largest magnitude over 127; no statistics are asked for."""
+    w = normal(64, 16) * np.exp(normal(16))
+    plain = model("g (float[N,64] x) => (float[N,16] y) { y = MatMul(x, w) }", w=w.astype(np.float32))
+    found = quantize(plain, scheme="w8a8-vector")
+    assert found.ops() == {"OutlierMatMul": 1}
+    x = (normal(6, 64, seed=1) * np.exp(3 * normal(6, 1, seed=2))).astype(np.float32)
+    s_x, s_w = np.abs(x).max(1, keepdims=True) / 127, np.abs(w).max(0, keepdims=True) / 127
+    expected = (np.rint(x / s_x) @ np.rint(w / s_w)) * s_x * s_w
+    per_row = np.abs(run(found.proto, {"x": x})[0] - expected).max(1) / np.abs(expected).max(1)
+    assert per_row.max() < 2e-3
+    tensor = quantize(plain, scheme="w8a8-dynamic", target="portable")
+    signal, (exact,) = x @ w, run(tensor.proto, {"x": x})
+    quiet = np.argmin(np.abs(x).max(1))  # a row that one scale for the tensor leaves no codes for
+    assert sqnr_db(signal[quiet], run(found.proto, {"x": x})[0][quiet]) > sqnr_db(signal[quiet], exact[quiet]) + 10
 
 
 OPTIONS: list[tuple[dict[str, Any], str]] = [

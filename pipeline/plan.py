@@ -79,6 +79,10 @@ class Plan:
         """Return the decisions that quantize."""
         return [d for d in self.decisions if d.spec is not None]
 
+    def coded(self) -> list[Decision]:
+        """Return the decisions that store codes, without those on the type of floats."""
+        return [d for d in self.quantized() if d.form != "cast"]
+
     def nodes(self) -> dict[str, Decision]:
         """Return one decision per node: its first that quantizes, else why it is left in float, or in float32."""
         best: dict[str, Decision] = {}

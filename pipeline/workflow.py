@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +23,8 @@ from .stages.inline import inline_functions
 from .stages.prepare import prepare, require_opset
 from .stages.quantize import Quantized, QuantizeOptions, needed_detail, profits_from_statistics, quantize_model
 from .stages.upgrade import upgrade
+
+_LOG = logging.getLogger(__name__)
 
 Batch = Mapping[str, npt.NDArray[Any]]
 
@@ -143,5 +146,9 @@ def quantize_file(
         if recipe.equalize and job.equalize(recipe, calibration):
             calibration = job.collect(batches, detail=needed_detail(recipe))
     result = job.quantize(recipe, calibration)
+    if not result.plan.coded() and recipe.float_type is None:
+        nodes = list(result.plan.nodes().values())
+        reason = nodes[0].reason if nodes else "the graph has no nodes"
+        _LOG.warning("nothing was quantized; of %d nodes the first: %s", len(nodes), reason)
     save(result.model, target, force=force)
     return result

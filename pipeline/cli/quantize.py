@@ -77,7 +77,7 @@ def command(model: Path, output_path: Path | None, **given: Any) -> None:
     collected = time.monotonic()
     folder = (output_path or model).absolute().parent
     coming = preview(job.model, recipe, calibration, folder, opened - start)
-    if given["require_quantized"]:
+    if given["require_quantized"] and recipe.float_type is None:
         _require_quantized(coming.plan)
     if given["dry_run"]:
         _save_side_files(coming.plan, recipe, given)
@@ -88,7 +88,7 @@ def command(model: Path, output_path: Path | None, **given: Any) -> None:
         output.note(f"estimated: {_costs(coming.cost)}")
     options = QuantizeOptions(skip_nonfinite=given["skip_nonfinite"], requantize=given["requantize"])
     result = job.quantize(recipe, calibration, options)
-    if given["require_quantized"]:
+    if given["require_quantized"] and recipe.float_type is None:
         _require_quantized(result.plan)
     _save_side_files(result.plan, recipe, given)
     assert output_path is not None
@@ -102,7 +102,7 @@ def command(model: Path, output_path: Path | None, **given: Any) -> None:
 
 
 def _require_quantized(plan: Plan) -> None:
-    if not plan.quantized():
+    if not plan.coded():
         reasons = [f"{reason}: {n} nodes" for reason, n in _reasons(list(plan.nodes().values())).most_common(3)]
         raise ThresholdError(
             "nothing was quantized, and nothing was written",
@@ -212,8 +212,9 @@ def _report(result: Quantized | Preview, recipe: Recipe, given: dict[str, Any], 
     from ..stages.tune import describe_passes
 
     nodes = result.plan.nodes()
-    quantized = [d for d in nodes.values() if d.spec is not None]
-    kept = [d for d in nodes.values() if d.spec is None]
+    # What keeps the type of float that it came with is not quantized.
+    quantized = [d for d in nodes.values() if d.spec is not None and (recipe.float_type or d.form != "cast")]
+    kept = [d for d in nodes.values() if d not in quantized]
     before, after = outcome.sizes
     methods = Counter(s.method for s in result.activations.values())
     data = {

@@ -7,7 +7,6 @@ every body of If, Loop and Scan, is decided for itself.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -30,8 +29,6 @@ from . import choice, outliers
 from .context import PER_CHANNEL_OPSET, Context
 from .ends import end_layers
 from .regions import Regions
-
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -102,17 +99,13 @@ def decide(
     for inner, draft.inside in _scopes(graph):
         groups.update(_decide_graph(inner, context, draft))
     decisions = [d for node in nodes for d in draft.of(node)] + _inside_functions(functions)
-    plan = Plan(
+    return Plan(
         decisions=tuple(decisions),
         groups=groups,
         target=context.target.name,
         recipe_hash=recipe.digest(),
         model_hash=model_hash,
     )
-    if not plan.quantized() and recipe.float_type is None:
-        reason = decisions[0].reason if decisions else "the graph has no nodes"
-        _LOG.warning("nothing was quantized; of %d nodes the first: %s", len(nodes), reason)
-    return plan
 
 
 def wanted_tensors(graph: gs.Graph) -> list[str]:

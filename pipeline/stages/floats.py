@@ -106,7 +106,7 @@ def with_floats(graph: gs.Graph, plan: Plan, recipe: Recipe, calibration: Calibr
         kind = recipe.float_type or given.nodes.get(node.name, "float32")
         if kind not in HALVES or not any(dtype_name(t) in QUANTIZABLE for t in (*node.inputs, *node.outputs)):
             continue
-        why = judge.refusal(node, kind)
+        why = judge.refusal(node, kind, fits=given.nodes.get(node.name) == kind)
         spec = None if why else Spec(format=FORMATS.get(kind))
         site = Site(node=node.name, slot="", tensor="", role="node")
         reason = why or f"computed and stored as {kind}"
@@ -139,8 +139,14 @@ class _Judge:
     calibration: Calibration | None
     quantized: set[str]
 
-    def refusal(self, node: gs.Node, kind: str) -> str:
-        """Return why a node stays in float32, ``""`` when it need not."""
+    def refusal(self, node: gs.Node, kind: str, *, fits: bool = False) -> str:
+        """Return why a node stays in float32, ``""`` when it need not.
+
+        Args:
+            node: In the prepared graph.
+            kind: What it would become.
+            fits: It came in that type, so that its values are known to be such.
+        """
         if node.name in self.quantized and not self.target.half_scales:
             return f"float32 around codes: the integer kernels of {self.target.name} give float32"
         if node.op in self.target.float32_ops:
@@ -148,7 +154,7 @@ class _Judge:
         operands = operands_of(node, self.opset)
         if operands is None or not operands.takes(kind):
             return f"float32: {node.op} takes no {kind} at opset {self.opset}, or its type is set otherwise"
-        if kind != "float16":
+        if kind != "float16" or fits:
             return ""
         return next((why for t in (*node.inputs, *node.outputs) if (why := self._range(t))), "")
 

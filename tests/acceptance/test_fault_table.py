@@ -14,6 +14,7 @@ TESTS = Path(__file__).parents[1]
 CLI = "pipeline/cli/test_cli_faults.py"
 LOAD, SAVE, EXTERNAL = (f"pipeline/test_graph_{part}.py" for part in ("load", "save", "external"))
 FILES, SOURCES, FEED = "pipeline/test_files.py", "pipeline/test_data_sources.py", "pipeline/test_data_feed.py"
+MODELS = "pipeline/cli/test_cli_models.py"
 RANDOM = "pipeline/test_quantize_random_graphs.py"
 COLLECT, RESUME = "pipeline/test_collect.py", "pipeline/test_collect_resume.py"
 FAULTS, OPSETS, DECIDE = "pipeline/test_quantize_faults.py", "pipeline/test_opsets.py", "pipeline/test_decide.py"
@@ -90,7 +91,8 @@ TABLE: dict[str, dict[str, str]] = {
     },
     "NaN and infinities in activations: 4 unless allowed, never in a range": {
         CLI: "test_activations_that_are_not_finite_are_refused_or_left_out",
-        COLLECT: "test_values_that_are_not_finite test_an_output_that_is_not_finite_is_refused_at_once",
+        COLLECT: "test_values_that_are_not_finite test_an_output_that_is_not_finite_is_refused_at_once "
+        "test_infinities_that_the_model_brings_along_are_masks",
     },
     "ranges of zero width, constants, one-sided, tiny, huge: scales finite and normal": {
         CLI: "test_constant_data_gives_finite_positive_scales",
@@ -102,23 +104,28 @@ TABLE: dict[str, dict[str, str]] = {
         FAULTS: "test_a_weight_channel_of_zeros_or_less_than_floats_hold",
     },
     "weights that are not finite: 3 with name and count, or the layer stays float": {
+        MODELS: "test_weights_that_are_not_finite",
         CLI: "test_weights_that_are_not_finite_are_named_or_skipped",
         FAULTS: "test_a_weight_that_is_not_finite_is_refused_by_name test_such_a_layer_can_be_left_in_float",
     },
     "constants and inputs that are outputs: names, types, values stay": {
+        MODELS: "test_constants_and_inputs_that_are_outputs",
         TRIP: "test_constants_and_inputs_that_are_outputs_survive",
         AWKWARD: "test_initializers_that_are_outputs_keep_their_values",
     },
     "a weight of several layers: one copy per layout, the float user untouched": {
+        MODELS: "test_one_weight_in_two_layouts_and_in_a_float_user",
         AWKWARD: "test_a_weight_is_stored_once_per_layout",
         RANDOM: "test_the_quantized_model_equals_the_float_one_where_scales_are_fine",
     },
-    "duplicate, empty, strange names: mended inside, kept outside": {
+    "duplicate, empty, strange names: kept, but a name given twice, which runtimes refuse": {
+        MODELS: "test_names_of_nodes",
         AWKWARD: "test_declared_domains_without_use_and_duplicate_node_names",
         TRIP: "test_nodes_get_names_of_their_own test_drawn_models_survive",
     },
     "names that ours would collide with: fresh ones": {
-        "pipeline/test_passes.py": "test_names_are_fresh_everywhere_and_found_in_linear_time"
+        MODELS: "test_names_that_qpipe_would_give",
+        "pipeline/test_passes.py": "test_names_are_fresh_everywhere_and_found_in_linear_time",
     },
     "opsets below 10: 3 with the remedy; 10 to 12 per tensor": {
         CLI: "test_old_opsets_are_refused_with_the_remedy",
@@ -126,8 +133,9 @@ TABLE: dict[str, dict[str, str]] = {
         DECIDE: "test_one_scale_per_tensor_below_opset_13_and_said_so",
     },
     "opsets and IR versions above the runtime: lowered, or said": {
+        MODELS: "test_an_opset_beyond_the_runtime_is_lowered test_an_opset_that_stays_beyond_the_runtime_is_said",
         OPSETS: "test_an_opset_that_the_target_has_no_kernels_for_is_lowered "
-        "test_an_opset_that_cannot_be_lowered_stays_and_is_said test_the_ir_version_is_what_the_content_needs"
+        "test_an_opset_that_cannot_be_lowered_stays_and_is_said test_the_ir_version_is_what_the_content_needs",
     },
     "float16 and bfloat16 models: quantized, types kept": {
         "pipeline/test_forms_cast.py": "test_models_that_come_in_half_precision "
@@ -135,20 +143,29 @@ TABLE: dict[str, dict[str, str]] = {
         AWKWARD: "test_half_precision_scales_come_with_an_opset_that_has_them test_a_bfloat16_model_keeps_its_type",
     },
     "If, Loop, Scan: bodies quantized, or said": {
+        MODELS: "test_branches_are_quantized_where_calibration_saw_them",
         DECIDE: "test_bodies_are_quantized_and_read_outer_tensors_by_their_names "
-        "test_a_branch_that_was_not_seen_stays_in_float test_loop_bodies_are_quantized"
+        "test_a_branch_that_was_not_seen_stays_in_float test_loop_bodies_are_quantized",
     },
-    "model-local functions: kept, and said": {DECIDE: "test_calls_of_functions_and_what_is_in_them_are_kept"},
-    "custom domains: quantized around": {AWKWARD: "test_custom_domains_are_quantized_around"},
+    "model-local functions: kept, and said; or inlined": {
+        MODELS: "test_functions_are_kept_unless_inlined test_statistics_of_the_inlined_model",
+        DECIDE: "test_calls_of_functions_and_what_is_in_them_are_kept",
+    },
+    "custom domains: 5 without their library, quantized around": {
+        MODELS: "test_an_operator_of_an_unknown_domain test_a_library_that_does_not_load",
+        AWKWARD: "test_custom_domains_are_quantized_around",
+    },
     "sparse weights: dense where small, left with a reason where large": {
-        AWKWARD: "test_a_small_sparse_weight_is_quantized test_a_large_sparse_weight_stays_sparse_and_says_so"
+        MODELS: "test_sparse_weights",
+        AWKWARD: "test_a_small_sparse_weight_is_quantized test_a_large_sparse_weight_stays_sparse_and_says_so",
     },
-    "strings, sequences, whole numbers: untouched; nothing quantized is said loudly": {
+    "strings, sequences, whole numbers: untouched; nothing quantized is said loudly, 1 on request": {
+        MODELS: "test_nothing_to_quantize_is_said_loudly test_strings_sequences_and_optionals_stay",
         FAULTS: "test_int_only_models_pass_with_a_warning",
-        DECIDE: "test_nothing_quantized_is_said_loudly",
         TRIP: "test_map_types_and_text_survive",
     },
     "a quantized model: 3 unless asked for": {
+        MODELS: "test_a_quantized_model_is_refused_and_never_quantized_twice",
         CLI: "test_a_quantized_model_is_not_quantized_again",
         FAULTS: "test_a_quantized_model_is_not_quantized_again test_what_is_float_in_it_can_be_quantized_on_request",
     },

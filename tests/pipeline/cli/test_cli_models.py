@@ -1,7 +1,4 @@
-"""Models of every kind through the command line: what comes out, with which exit code, and what is said.
-
-Rows are those of the table of faults: 22 to 26, 28 and 32 to 37.
-"""
+"""Models of every kind through the command line: what comes out, with which exit code, and what is said."""
 
 from __future__ import annotations
 
@@ -62,7 +59,7 @@ def stored(done: Done) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-def test_row_22_weights_that_are_not_finite(job: Any, value: float) -> None:
+def test_weights_that_are_not_finite(job: Any, value: float) -> None:
     bad = normal(4, 4)
     bad[1, 2] = value
     data = {"x": np.zeros((1, 4), np.float32)}
@@ -78,7 +75,7 @@ def test_row_22_weights_that_are_not_finite(job: Any, value: float) -> None:
     assert ops(out).count("DequantizeLinear") == 1
 
 
-def test_row_23_constants_and_inputs_that_are_outputs(job: Any) -> None:
+def test_constants_and_inputs_that_are_outputs(job: Any) -> None:
     text = "g (float[N,4] x) => (float[N,4] y, float[4,4] w, float[N,4] x2) { y = MatMul(x, w)  x2 = Identity(x) }"
     source = model(text, w=weights()["w"])
     done, out = job(source)
@@ -89,7 +86,7 @@ def test_row_23_constants_and_inputs_that_are_outputs(job: Any) -> None:
         np.testing.assert_array_equal(wanted, got)
 
 
-def test_row_24_one_weight_in_two_layouts_and_in_a_float_user(job: Any) -> None:
+def test_one_weight_in_two_layouts_and_in_a_float_user(job: Any) -> None:
     text = """g (float[N,4] x) => (float[N,4] y, float[N,4] z) {
         a = MatMul(x, w)  t = Transpose<perm=[1,0]>(w)  b = MatMul(x, t)  c = Add(a, b)  n = Sin(w)  y = Add(c, n)
         z = MatMul(c, w)
@@ -107,7 +104,7 @@ def test_row_24_one_weight_in_two_layouts_and_in_a_float_user(job: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["", "same", "a/b c", "größe 重み", "\x1b]0;t\x07", "../../x", "n" * 10_000])
-def test_row_25_names_of_nodes(job: Any, run: Run, name: str) -> None:
+def test_names_of_nodes(job: Any, run: Run, name: str) -> None:
     source = model(PRODUCTS, **weights())
     for node in source.graph.node:
         node.name = name
@@ -121,7 +118,7 @@ def test_row_25_names_of_nodes(job: Any, run: Run, name: str) -> None:
     assert sorted(p.name for p in Path().iterdir()) == ["data.npz", "m.onnx", "q.onnx"]
 
 
-def test_row_26_names_that_qpipe_would_give(job: Any) -> None:
+def test_names_that_qpipe_would_give(job: Any) -> None:
     text = """g (float[N,4] x) => (float[N,4] y, float w_scale_out) {
         x_scale = Identity(x)  w_quantized = Add(x_scale, x)  y = MatMul(x, w)  w_scale_out = Identity(w_scale)
         w_DequantizeLinear_Output = Neg(w_quantized)
@@ -142,7 +139,7 @@ def too_new(body: str, **extra: Any) -> onnx.ModelProto:
     return model(text, opset=newest, ir=int(onnx.IR_VERSION), **weights(**extra))
 
 
-def test_row_28_an_opset_beyond_the_runtime_is_lowered(job: Any, run: Run) -> None:
+def test_an_opset_beyond_the_runtime_is_lowered(job: Any, run: Run) -> None:
     done, out = job(too_new("g = MatMul(x, w)  h = Cast<to=1>(g)"))
     assert done.code == 0, done.err
     assert out.opset_import[0].version == 25
@@ -151,7 +148,7 @@ def test_row_28_an_opset_beyond_the_runtime_is_lowered(job: Any, run: Run) -> No
     assert run("validate", "m.onnx", "q.onnx", "--data", "data.npz", "--min-cosine", "0.99").code == 0
 
 
-def test_row_28_or_said_to_be_beyond_it(job: Any, run: Run) -> None:
+def test_an_opset_that_stays_beyond_the_runtime_is_said(job: Any, run: Run) -> None:
     done, out = job(
         too_new(
             "g = MatMul(x, w)  g3 = Unsqueeze(g, a)  h3, s = CausalConvWithState(g3, k)  h = Squeeze(h3, a)",
@@ -180,7 +177,7 @@ IF = """g (float[2,4] x, bool f) => (float[2,4] y) {
 
 
 @pytest.mark.parametrize("seen", [(True, False), (True,), (False,)])
-def test_row_32_branches_are_quantized_where_calibration_saw_them(job: Any, tmp_path: Path, seen: Any) -> None:
+def test_branches_are_quantized_where_calibration_saw_them(job: Any, tmp_path: Path, seen: Any) -> None:
     (tmp_path / "batches.py").write_text(
         "import numpy as np\n"
         "def load_data():\n"
@@ -200,7 +197,7 @@ def test_row_32_branches_are_quantized_where_calibration_saw_them(job: Any, tmp_
         assert np.abs(wanted - got).max() < 0.05 * np.abs(wanted).max()
 
 
-def test_row_33_functions_are_kept_unless_inlined(job: Any) -> None:
+def test_functions_are_kept_unless_inlined(job: Any) -> None:
     source = with_functions()
     done, out = job(source)
     assert done.code == 0, done.err
@@ -216,7 +213,7 @@ def test_row_33_functions_are_kept_unless_inlined(job: Any) -> None:
     assert np.abs(outputs(source, batch)[0] - outputs(out, batch)[0]).max() < 0.05
 
 
-def test_row_33_statistics_of_the_inlined_model(job: Any, run: Run) -> None:
+def test_statistics_of_the_inlined_model(job: Any, run: Run) -> None:
     job(with_functions())
     assert run("calibrate", "m.onnx", "--data", "data.npz", "-o", "m.qcal", "--inline").code == 0
     done = run("quantize", "m.onnx", "--calib", "m.qcal", "-o", "i.onnx", "--inline")
@@ -224,7 +221,7 @@ def test_row_33_statistics_of_the_inlined_model(job: Any, run: Run) -> None:
     assert ops(onnx.load("i.onnx")).count("DequantizeLinear") == 4
 
 
-def test_row_34_an_operator_of_an_unknown_domain(job: Any, run: Run, tmp_path: Path) -> None:
+def test_an_operator_of_an_unknown_domain(job: Any, run: Run, tmp_path: Path) -> None:
     source = model(AROUND, domains='"cust" : 1', **weights())
     done, out = job(source)
     assert (done.code, out) == (5, None)
@@ -245,7 +242,7 @@ def test_row_34_an_operator_of_an_unknown_domain(job: Any, run: Run, tmp_path: P
     assert run("quantize", "m.onnx", "--calib", "m.qcal", "-o", "c.onnx").code == 0, "statistics need no library"
 
 
-def test_row_34_a_library_that_does_not_load(job: Any, tmp_path: Path) -> None:
+def test_a_library_that_does_not_load(job: Any, tmp_path: Path) -> None:
     (tmp_path / "bad.so").write_bytes(b"not a library")
     done, out = job(model(AROUND, domains='"cust" : 1', **weights()), "--custom-op-library", tmp_path / "bad.so")
     assert (done.code, out) == (5, None)
@@ -253,7 +250,7 @@ def test_row_34_a_library_that_does_not_load(job: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("large", [False, True])
-def test_row_35_sparse_weights(job: Any, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sparse_weights(job: Any, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     source = model("g (float[N,4] x) => (float[N,4] y) { h = MatMul(x, s)  y = MatMul(h, v) }", v=weights()["v"])
@@ -271,7 +268,7 @@ def test_row_35_sparse_weights(job: Any, large: bool, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("flags", [(), ("--dry-run",)])
-def test_row_36_nothing_to_quantize_is_said_loudly(job: Any, flags: Any) -> None:
+def test_nothing_to_quantize_is_said_loudly(job: Any, flags: Any) -> None:
     source = model("g (int64[N,4] x) => (int64[N,4] y) { y = Add(x, x) }")
     done, out = job(source, *flags)
     assert done.code == 0, done.err
@@ -284,7 +281,7 @@ def test_row_36_nothing_to_quantize_is_said_loudly(job: Any, flags: Any) -> None
     assert "no integer" in done.err or "not float" in done.err
 
 
-def test_row_36_strings_sequences_and_optionals_stay(job: Any) -> None:
+def test_strings_sequences_and_optionals_stay(job: Any) -> None:
     body = """g (float[2,4] x, string[2] t, int64[3] n) => (float[2,4] y, string[2] u, seq(float[2,4]) s, bool b) {
         h = MatMul(x, w)  s = SequenceConstruct(h, x)  i = SequenceAt(s, zero)  y = MatMul(i, v)  u = Identity(t)
         o = Optional(h)  b = OptionalHasElement(o)
@@ -306,7 +303,7 @@ def test_row_36_strings_sequences_and_optionals_stay(job: Any) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w8", "w4", "w8a8-dynamic"])
-def test_row_37_a_quantized_model_is_refused_and_never_quantized_twice(job: Any, run: Run, scheme: str) -> None:
+def test_a_quantized_model_is_refused_and_never_quantized_twice(job: Any, run: Run, scheme: str) -> None:
     done, out = job(model(PRODUCTS, **weights()), "--scheme", scheme)
     assert done.code == 0
     before = ops(out)

@@ -24,6 +24,7 @@ from ..data import InputInfo, conform, inputs_of, samples_in
 from ..graph import Model, load, to_proto
 from ..inspect import file_bytes
 from ..layers import Layer, common_layers, score_outputs, with_outputs
+from ..operator_check import OperatorRow, compare_operators, operator_notes, operators_table
 from ..qdq_check import check_qdq
 from ..recorder import Recorder
 from ..report import Report
@@ -57,7 +58,7 @@ Batch = Mapping[str, npt.NDArray[Any]]
 LAYERS = "float layers"
 
 KEPT_BATCHES = 2
-"""Batches that are kept for timing."""
+"""Batches that are kept for timing, and for comparing qpipe's operators with their numpy reference."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +113,8 @@ def validate(
         options: How.
 
     Returns:
-        A report with the tables ``outputs``, ``latency``, and ``layers`` and ``findings`` where there are any;
-        `Report.require` raises when thresholds were not kept.
+        A report with the tables ``outputs``, ``latency``, and ``layers``, ``operators`` and ``findings`` where there
+        are any; `Report.require` raises when thresholds were not kept.
 
     Raises:
         DataError: There are no batches, or they do not fit.
@@ -179,6 +180,7 @@ class _Run:
         }
         self.layers = {layer: (Comparison(), Rescaling()) for layer in pair.layers}
         self.milliseconds: dict[str, list[float]] = {}
+        self.operators: list[OperatorRow] = []
         self.batches = self.samples = 0
         self._kept: list[Batch] = []
         self._inputs: Recorder | None = None
@@ -212,6 +214,10 @@ class _Run:
                 "the data gave no samples",
                 do="a generator that was iterated before is empty the second time: give a fresh one",
             )
+        options = self._options
+        self.operators = compare_operators(
+            self._pair.models[EXACT], self._kept, device=options.device, threads=options.threads
+        )
 
     def time(self) -> None:
         """Time float and deployed model on the batches that were kept, in turn; the first round only warms up."""
@@ -298,6 +304,8 @@ def _report(pair: _Pair, run: _Run, options: ValidateOptions) -> Report:
         tables.append(latency_table(run.milliseconds))
     if options.per_layer:
         tables.append(layers_table(layers))
+    if run.operators:
+        tables.append(operators_table(run.operators))
     if findings:
         tables.append(findings_table([finding.to_dict() for finding in findings]))
     return Report(
@@ -307,7 +315,7 @@ def _report(pair: _Pair, run: _Run, options: ValidateOptions) -> Report:
         tables=tuple(tables),
         charts=layer_charts(layers),
         verdicts=tuple(verdicts(accuracies, options.thresholds, options.judge)),
-        notes=tuple(_notes(pair, accuracies)),
+        notes=(*_notes(pair, accuracies), *operator_notes(run.operators)),
         environment={
             **environment.brief(),
             "sessions": {name: session_facts(session) for name, session in run.sessions.items()},

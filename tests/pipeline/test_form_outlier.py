@@ -11,42 +11,20 @@ import numpy as np
 import onnx
 import pytest
 from onnx import inliner, numpy_helper
+from outlying import LOUD, loud_batches, outlier, statistics
 from qpipe.pipeline import graph
 from qpipe.pipeline.calibration.observe import Detail
 from qpipe.pipeline.session import SessionExtras, make_session
-from qpipe.pipeline.stages.collect import CollectOptions, collect
-from qpipe.pipeline.stages.decide import wanted_tensors
 from qpipe.pipeline.stages.details import wanted_details
 from qpipe.pipeline.stages.prepare import prepare
 from qpipe.plugins.outlier_matmul import op as contract
 from quantizing import calibrate, error, model, normal, quantize, run
 
-LOUD = (3, 17, 40)
 NET = "g (float[N,T,96] x) => (float[N,T,80] y) { m = MatMul(x, w)  y = Add(b, m) }"
-
-
-def loud_batches(count: int = 3, factor: float = 50.0) -> list[dict[str, np.ndarray]]:
-    """Activations with three loud channels."""
-    batches = [{"x": normal(2, 5, 96, seed=i)} for i in range(count)]
-    for batch in batches:
-        batch["x"][..., LOUD] *= factor
-    return batches
-
-
-def statistics(proto: onnx.ModelProto, batches: list[dict[str, np.ndarray]], level: str = "channels") -> object:
-    """Statistics with magnitudes per channel."""
-    prepared = prepare(graph.from_proto(proto))
-    options = CollectOptions(details=wanted_details(prepared.graph, level))
-    return collect(proto, wanted_tensors(prepared.graph), batches, options)
 
 
 def net() -> onnx.ModelProto:
     return model(NET, w=normal(96, 80) * 0.1, b=normal(80))
-
-
-def outlier(proto: onnx.ModelProto, batches: list[dict[str, np.ndarray]], **recipe: object) -> object:
-    found = statistics(proto, batches)
-    return quantize(proto, calibration=found, scheme="w8a8-outlier", **recipe)
 
 
 def test_a_product_and_its_bias_become_one_node_with_the_loud_columns() -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ..qarray import Range, Spec
 from ..stats.histogram import Histogram
 from . import METHODS
-from .error import expected_mse
+from .error import expected_mses
 
 _TOLERANCE = 0.01
 
@@ -38,7 +38,7 @@ class Auto:
 def choose(histogram: Histogram, spec: Spec, tolerance: float = _TOLERANCE) -> tuple[str, Range]:
     """Return the name of the method that `Auto` picks for a tensor, and its range."""
     ranges = {name: method(histogram, spec) for name, method in METHODS.items() if not isinstance(method, Auto)}
-    errors = {name: expected_mse(histogram, rng, spec) for name, rng in ranges.items()}
+    errors = dict(zip(ranges, expected_mses(histogram, list(ranges.values()), spec), strict=True))
     enough = min(errors.values()) * (1 + tolerance)
     good = [name for name in ranges if errors[name] <= enough]
     name = max(good, key=lambda n: (float(ranges[n].hi - ranges[n].lo), n == "minmax"))

@@ -14,6 +14,7 @@ Letters: ``n`` non-empty bins, ``e`` edges, ``m`` single values, ``r`` ranges, `
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,8 +40,13 @@ def expected_mse(histogram: Histogram, rng: Range, spec: Spec) -> float:
     Returns:
         Expected ``(x - fake_quant(x))^2`` over the finite values, in squared units of the tensor; 0 without values.
     """
-    ranges = Range(lo=rng.lo.reshape(1), hi=rng.hi.reshape(1))
-    return float(Density.of(histogram).mse(ranges, spec)[0])
+    return expected_mses(histogram, [rng], spec)[0]
+
+
+def expected_mses(histogram: Histogram, ranges: Sequence[Range], spec: Spec) -> list[float]:
+    """Return `expected_mse` for each of several ranges."""
+    several = Range(lo=np.stack([r.lo.reshape(()) for r in ranges]), hi=np.stack([r.hi.reshape(()) for r in ranges]))
+    return [float(error) for error in Density.of(histogram).mse(several, spec)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

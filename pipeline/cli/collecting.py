@@ -38,7 +38,7 @@ def read_statistics(path: Path, job: Job, *, by_name: bool = False) -> Calibrati
     from ..calibration import identify, load
 
     calibration = load(path)
-    if not by_name:
+    if not by_name and calibration.model.hash != job.hash:
         calibration.check_model(identify(job.path), where=str(path))
     return calibration
 

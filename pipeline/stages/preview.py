@@ -22,15 +22,27 @@ class Preview:
 
     Attributes:
         plan: What was decided; that a weight is not finite, or how large it is, is not known yet.
-        activations: Ranges and scales of activations.
-        passes: Passes of the target that would rewrite something -> how many places.
         cost: What it will take, estimated.
+        model: The float model.
+        calibration: Statistics, None when the recipe needs none.
+        method: Calibration method.
     """
 
     plan: Plan
-    activations: dict[Key, Solved]
-    passes: dict[str, int]
     cost: Cost
+    model: Model
+    calibration: Calibration | None
+    method: str
+
+    @property
+    def activations(self) -> dict[Key, Solved]:
+        """Ranges and scales of activations."""
+        return solve(self.plan, self.calibration, self.method)
+
+    @property
+    def passes(self) -> dict[str, int]:
+        """Passes of the target that would rewrite something -> how many places."""
+        return tune(clone(self.model), self.plan.target) if self.plan.quantized() else {}
 
 
 def preview(model: Model, recipe: Recipe, calibration: Calibration | None, folder: Path, spent: float) -> Preview:
@@ -50,5 +62,4 @@ def preview(model: Model, recipe: Recipe, calibration: Calibration | None, folde
     plan = decide(model.graph, recipe, known, functions=model.functions)
     known = with_constants(model.graph, plan, known) if known is not None else None
     cost = estimate(model, plan, folder, spent)
-    passes = tune(clone(model), recipe.target) if plan.quantized() else {}
-    return Preview(plan=plan, activations=solve(plan, known, recipe.method), passes=passes, cost=cost)
+    return Preview(plan=plan, cost=cost, model=model, calibration=known, method=recipe.method)

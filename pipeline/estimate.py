@@ -84,6 +84,15 @@ class _Task:
         return math.prod(self.weight.shape)
 
     @property
+    def algorithm(self) -> str:
+        """What quantizes it; the form of outlier columns names none, and rounds."""
+        return self.decision.algorithm or "rtn"
+
+    @property
+    def needs_statistics(self) -> bool:
+        return bool(WEIGHT_METHODS.resolve(self.algorithm).needs)
+
+    @property
     def inputs(self) -> int:
         return self.elements // max(1, self.weight.shape[self.layout.order[0]])
 
@@ -155,24 +164,25 @@ def _working_bytes(tasks: list[_Task]) -> int:
     parameters = sum(task.parameter_bytes for task in tasks)
     largest = 0
     for task in tasks:
-        width = 1 if _rounds(task) else 24 if WEIGHT_METHODS.resolve(task.decision.algorithm).needs else 12
+        width = 1 if _rounds(task) else 24 if task.needs_statistics else 12
         if _rounds(task) and task.decision.form == "qdq":
             width = 0
-        gram = 24 * task.inputs**2 if WEIGHT_METHODS.resolve(task.decision.algorithm).needs else 0
+        gram = 24 * task.inputs**2 if task.needs_statistics else 0
         largest = max(largest, width * task.elements + gram)
     return parameters + largest
 
 
 def _rounds(task: _Task) -> bool:
     """Whether the codes follow from the scales, and so are made region by region."""
-    return task.decision.algorithm.partition(":")[0] in ROUNDING and not task.spec.pair_limit
+    rounds = task.algorithm.partition(":")[0] in ROUNDING and not task.spec.pair_limit
+    return rounds and task.decision.form != "outlier"
 
 
 def _seconds(task: _Task) -> float:
     """Return how long quantizing a weight takes, by a trial on a small one."""
-    name, spec = task.decision.algorithm, task.layout.spec(task.spec)
+    name, spec = task.algorithm, task.layout.spec(task.spec)
     find, make = _trial(name, spec, task.decision.form)
-    growth = max(1.0, task.inputs / _SAMPLE[1]) if WEIGHT_METHODS.resolve(name or "rtn").needs else 1.0
+    growth = max(1.0, task.inputs / _SAMPLE[1]) if task.needs_statistics else 1.0
     return task.elements * (find * growth + make) / cores()
 
 
@@ -188,7 +198,7 @@ def _trial(name: str, spec: Spec, form: str) -> tuple[float, float]:
         wide, count = widened(half), half.size
         params = params_from_scale(np.full(spec.granularity.scale_shape(wide.shape), 0.1), spec)
         make = _timed(lambda: quantize(widened(half), params)) / count
-        if name in ("", "rtn") and not spec.pair_limit:
+        if name == "rtn" and not spec.pair_limit:
             find = _timed(lambda: extremes(half, spec.granularity)) / count
         else:
             method = WEIGHT_METHODS.resolve(name)

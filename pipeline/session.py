@@ -63,12 +63,15 @@ class SessionExtras:
         config: Session configuration entries, e.g. ``{"session.intra_op.allow_spinning": "0"}``; they win over ours.
         op_libraries: Further custom-op libraries to register.
         plugin: Register qpipe's own plugin library when it is built.
+        mapped: Leave weights in their files: nothing is packed, and what depends on weights only is computed when it
+            is read and let go afterwards. Only an *exact* session folds no copies of them beforehand.
         optimized_model: Where ONNX Runtime writes the graph it actually runs, None for nowhere.
     """
 
     config: Mapping[str, str] = field(default_factory=dict)
     op_libraries: tuple[Path, ...] = ()
     plugin: bool = True
+    mapped: bool = False
     optimized_model: Path | None = None
 
 
@@ -130,6 +133,10 @@ def session_options(
     if extras.optimized_model is not None:
         options.optimized_model_filepath = str(extras.optimized_model)
     config = {ACCURACY_KEY: EXACT_ACCURACY_LEVEL if exact else DEPLOYED_ACCURACY_LEVEL, **extras.config}
+    if extras.mapped:
+        config["session.disable_prepacking"] = "1"
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # else all constants are computed first, and held
+        options.enable_cpu_mem_arena = False
     for key, value in config.items():
         options.add_session_config_entry(key, value)
     for library in extras.op_libraries:

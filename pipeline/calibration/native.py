@@ -1,17 +1,30 @@
-"""Counting inside the graph by the plugin's operator, where the library is built; numpy finds the same bits without."""
+"""Counting inside the graph by the plugin's operators, where the library is built; numpy finds the same bits without.
+
+On the CPU the counters live in the library. On CUDA they are tensors that stay on the device, so that neither they nor
+the activations that they count are copied to the host from batch to batch.
+"""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
+import numpy.typing as npt
 import onnx
 
 from ... import plugins
 from ...calibrate.errors import PluginError
+from ..data import Batch
+from .job import Job
 from .limits import Known
 from .observe import Detail, Stats
 from .record import TensorStats
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+    from ...plugins.range_stats.device import DeviceCounters
 
 _TYPES = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 
@@ -35,6 +48,10 @@ class Counters:
         self._keys = attach(proto, tensors, channels=with_channels, sentinel=sentinel).keys
         weakref.finalize(self, release, list(self._keys.values()))
 
+    def run(self, session: onnxruntime.InferenceSession, names: Sequence[str], batch: Batch) -> list[Any]:
+        """Run a batch and return the graph outputs ``names``."""
+        return list(session.run(names, batch))
+
     def take(self, tensors: Collection[str]) -> Stats:
         """Return what was counted of ``tensors`` since it was last taken."""
         from ...plugins.range_stats.op import read
@@ -47,22 +64,68 @@ class Counters:
         return found
 
 
+class CountersOnDevice:
+    """Counters of tensors in the memory of a CUDA device.
+
+    Args:
+        proto: The model; counting nodes, and their states as inputs and outputs, are added to it.
+        tensors: What to count, of those that `countable` gave.
+        sentinel: Magnitude from which finite values are masks.
+        device: Where the session runs.
+    """
+
+    def __init__(self, proto: onnx.ModelProto, tensors: Sequence[str], sentinel: float, device: str = "cuda") -> None:
+        from ...plugins.range_stats.device import attach
+
+        self._tensors = attach(proto, tensors, sentinel=sentinel)
+        self._device = device
+        self._counters: DeviceCounters | None = None
+
+    def run(self, session: onnxruntime.InferenceSession, names: Sequence[str], batch: Batch) -> list[npt.NDArray[Any]]:
+        """Run a batch and return the graph outputs ``names``."""
+        from ...plugins.range_stats.device import DeviceCounters
+
+        if self._counters is None:
+            self._counters = DeviceCounters(session, self._tensors, device=self._device)
+        return self._counters.run(batch, names)
+
+    def take(self, tensors: Collection[str]) -> Stats:
+        """Return what was counted since it was last taken; nothing is copied when none of ``tensors`` is counted."""
+        if self._counters is None or not set(tensors).intersection(self._tensors):
+            return {}
+        return {name: TensorStats(histogram=histogram) for name, histogram in self._counters.take().items()}
+
+
+def counters_of(proto: onnx.ModelProto, inside: Sequence[str], job: Job) -> Counters | CountersOnDevice | None:
+    """Add counting nodes to a model for the tensors that `countable` gave; None when there are none."""
+    if not inside:
+        return None
+    if job.device == "cuda":
+        return CountersOnDevice(proto, inside, job.sentinel)
+    return Counters(proto, inside, job.details, job.sentinel)
+
+
 def usable(device: str) -> bool:
     """Whether the plugin counts on this device."""
-    if device != "cpu" or not plugins.is_built():
+    if device not in ("cpu", "cuda") or not plugins.is_built():
         return False
     try:
-        plugins.library()
+        facts = plugins.info()
     except PluginError:
         return False
-    return True
+    return device == "cpu" or facts["cuda"] is not None
 
 
-def countable(
-    proto: onnx.ModelProto, tensors: Sequence[str], details: Mapping[str, Detail], known: Mapping[str, Known]
-) -> list[str]:
-    """Return those of ``tensors`` that the operator counts: 16 or 32-bit floats of the main graph."""
+def countable(proto: onnx.ModelProto, job: Job, known: Mapping[str, Known]) -> list[str]:
+    """Return those of the job's tensors that the plugin counts: 16 or 32-bit floats of the main graph.
+
+    On CUDA only those of which nothing but a histogram is wanted: the others have to come to the host anyway.
+    """
+    if not job.native or not usable(job.device):
+        return []
+    details: Mapping[str, Detail] = job.details
     constants = {tensor.name for tensor in proto.graph.initializer}
     main = {entry.name for entry in proto.graph.input} | {name for node in proto.graph.node for name in node.output}
-    simple = [name for name in dict.fromkeys(tensors) if name not in details or details[name] == Detail()]
+    on_host = job.device == "cpu"
+    simple = [n for n in dict.fromkeys(job.tensors) if n not in details or (on_host and details[n] == Detail())]
     return [name for name in simple if name in main - constants and name in known and known[name].onnx_type in _TYPES]

@@ -20,7 +20,7 @@ from ..session import SessionExtras, make_session, ort_errors, translate
 from .expose import Exposed, expose
 from .job import Job
 from .limits import survey
-from .native import Counters, countable, usable
+from .native import countable, counters_of
 
 _IN_MEMORY = 3 * 2**29
 _FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)")
@@ -49,10 +49,11 @@ class Probe:
         own = [entry.name for entry in graph.output]
         # Before the session, which computes what does not depend on the inputs.
         known = survey(built.proto, {}, job.tensor_bytes)
-        inside = countable(built.proto, job.tensors, job.details, known) if job.native and usable(job.device) else []
+        inside = countable(built.proto, job, known)
         exposed = expose(built.proto, job.tensors, inside)
         self._skeleton = built.proto.SerializeToString()
-        self.counters = Counters(built.proto, inside, job.details, job.sentinel) if inside else None
+        self._taken = {entry.name for entry in graph.input}
+        self.counters = counters_of(built.proto, inside, job)
         # Threads that wait for the next operator by spinning would take the processor from those that count.
         config = {"session.intra_op.allow_spinning": "0"}
         folder = _place_weights(built)
@@ -60,8 +61,9 @@ class Probe:
             config["session.model_external_initializers_file_folder_path"] = str(folder)
         data = built.proto.SerializeToString()
         del built, graph
-        extras = SessionExtras(config=config, op_libraries=job.op_libraries)
-        self._session = make_session(data, device=job.device, threads=job.threads, extras=extras)
+        mapped = folder is not None
+        extras = SessionExtras(config=config, op_libraries=job.op_libraries, mapped=mapped)
+        self._session = make_session(data, exact=mapped, device=job.device, threads=job.threads, extras=extras)
         types = {entry.name: entry.type for entry in self._session.get_outputs()}
         types |= {entry.name: entry.type for entry in self._session.get_inputs()}
         wrong = _without_floats(exposed, types)
@@ -87,7 +89,7 @@ class Probe:
             yield name, batch[name], False
         names = list(dict.fromkeys([*self._own, *self._outputs]))
         try:
-            arrays = self._session.run(names, batch)
+            arrays = self._run(names, batch)
         except ort_errors() as error:
             raise _run_error(error, batch) from error
         own = set(self._own)
@@ -97,6 +99,11 @@ class Probe:
                 yield name, array, True
             if name in self._outputs:
                 yield self._outputs[name], array, False
+
+    def _run(self, names: list[str], batch: Batch) -> list[Any]:
+        if self.counters is not None:
+            return self.counters.run(self._session, names, batch)
+        return list(self._session.run(names, batch))
 
     def skeleton(self) -> onnx.ModelProto:
         """Return the model that runs, without large weights."""
@@ -110,7 +117,8 @@ class Probe:
     @property
     def can_split(self) -> bool:
         """Whether every input takes batches of any size."""
-        return all(entry.shape and not isinstance(entry.shape[0], int) for entry in self._session.get_inputs())
+        inputs = [entry for entry in self._session.get_inputs() if entry.name in self._taken]
+        return all(entry.shape and not isinstance(entry.shape[0], int) for entry in inputs)
 
 
 def _without_floats(exposed: Exposed, types: Mapping[str, str]) -> dict[str, str]:

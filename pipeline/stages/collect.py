@@ -7,6 +7,7 @@ exactly, so that several processes find what one would have found.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import tempfile
 import time
@@ -32,7 +33,8 @@ from ..calibration.runner import Runner
 from ..data.feed import Fingerprint, cut, is_empty, samples_in
 from ..data.signature import to_array
 from ..environment import installed
-from ..graph import Model, from_proto, load, save
+from ..graph import EXTERNAL_THRESHOLD, Model, all_graphs, constants, from_proto, load, save, stored_size
+from ..graph.constants import FileValues
 from ..interrupts import Interrupted, StopRequest
 from ..session import load_onnxruntime
 from .floats import float32_twin, without_bfloat16
@@ -140,14 +142,22 @@ def collect(
         **({} if options.max_memory is None else {"tensor_bytes": options.max_memory}),
         batch_bytes=options.batch_bytes,
     )
-    run = _Run(model, Runner(model, job), options, identity)
-    with StopRequest() as stop:
+    with contextlib.ExitStack() as stack:
+        if (options.workers > 1 and not path) or _in_memory(model) > EXTERNAL_THRESHOLD:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qpipe-model-"))
+            path = str(save(model, Path(folder) / "model.onnx")[-1])
+            model = load(path)
+        run = _Run(model, Runner(model, job), options, identity)
+        stop = stack.enter_context(StopRequest())
         if options.workers == 1:
             return run.over(batches, run.one_by_one, stop)
-        with tempfile.TemporaryDirectory(prefix="qpipe-model-") as folder:
-            if not path:
-                path = str(save(model, Path(folder) / "model.onnx")[-1])
-            return run.over(batches, lambda stream: run.in_parallel(stream, path, job), stop)
+        return run.over(batches, lambda stream: run.in_parallel(stream, path, job), stop)
+
+
+def _in_memory(model: Model) -> int:
+    """Return the bytes of a model's weights that lie in no file from which a runtime could map them."""
+    held = {id(c): c for graph in all_graphs(model.graph) for c in constants(graph)}
+    return sum(stored_size(c) for c in held.values() if not isinstance(c._values, FileValues))
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from ...calibrate.errors import DataError, ModelError, RecipeError
 from .. import environment
 from ..accuracy import Comparison
 from ..data import InputInfo, conform, inputs_of, samples_in
-from ..graph import Model, load, to_proto
+from ..graph import EXTERNAL_THRESHOLD, Model, load, to_proto
 from ..inspect import file_bytes
 from ..layers import Layer, common_layers, score_outputs, with_outputs
 from ..operator_check import OperatorRow, compare_operators, operator_notes, operators_table
@@ -78,7 +78,8 @@ class ValidateOptions:
         save_outputs: Where outputs of ``saved_run`` are written in polygraphy's format.
         saved_run: ``"deployed"``, ``"exact"`` or ``"float"``.
         force: Replace existing files.
-        rounds: How often the models are timed, 0 for not at all.
+        rounds: How often the models are timed, 0 for not at all. Models that are large enough to have their weights in
+            data files are not timed: a runtime would hold them in memory.
         progress: Called with the number of samples done.
     """
 
@@ -128,7 +129,7 @@ def validate(
     with contextlib.ExitStack() as files:
         run.record(files)
         run.over(batches)
-    if options.rounds:
+    if options.rounds and not run.is_large:
         run.time()
     return _report(pair, run, options)
 
@@ -174,6 +175,7 @@ class _Run:
 
     def __init__(self, pair: _Pair, options: ValidateOptions) -> None:
         self._pair, self._options = pair, options
+        self.is_large = max(file_bytes(model) for model in pair.models.values()) > EXTERNAL_THRESHOLD
         self.sessions = {name: self._session(name) for name in self._names()}
         self.outputs = {
             (name, semantics): Comparison(pair.scores.get(name)) for name in pair.outputs for semantics in SEMANTICS
@@ -248,10 +250,10 @@ class _Run:
             source, config = with_outputs(self._pair.models[name], names)
         return make_session(
             source,
-            exact=name in (EXACT, LAYERS),
+            exact=name in (EXACT, LAYERS) or (self.is_large and name == FLOAT),
             device=options.device,
             threads=options.threads,
-            extras=SessionExtras(config=config, op_libraries=options.op_libraries),
+            extras=SessionExtras(config=config, op_libraries=options.op_libraries, mapped=self.is_large),
         )
 
     def _fitting(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -315,7 +317,7 @@ def _report(pair: _Pair, run: _Run, options: ValidateOptions) -> Report:
         tables=tuple(tables),
         charts=layer_charts(layers),
         verdicts=tuple(verdicts(accuracies, options.thresholds, options.judge)),
-        notes=(*_notes(pair, accuracies), *operator_notes(run.operators)),
+        notes=(*_notes(pair, run, accuracies), *operator_notes(run.operators)),
         environment={
             **environment.brief(),
             "sessions": {name: session_facts(session) for name, session in run.sessions.items()},
@@ -339,8 +341,10 @@ def _totals(pair: _Pair, run: _Run, accuracies: Accuracies) -> dict[str, Any]:
     }
 
 
-def _notes(pair: _Pair, accuracies: Accuracies) -> Iterator[str]:
+def _notes(pair: _Pair, run: _Run, accuracies: Accuracies) -> Iterator[str]:
     quantized = pair.models[EXACT]
+    if run.is_large:
+        yield "weights stayed in their files, to save memory, and latency was not measured: qpipe bench does that"
     if int8_saturates() and any(node.op == "QuantizeLinear" for node in quantized.graph.nodes):
         yield "this CPU has no VNNI: fused int8 kernels clip sums, so the deployed figures hold for such CPUs only"
     if quantized.metadata.get("qpipe.calibration") == "random":

@@ -10,7 +10,7 @@ states bound to device memory (`DeviceCounters`), else every run would copy half
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -109,22 +109,28 @@ class DeviceCounters:
         self._states = {
             tensor: onnxruntime.OrtValue.ortvalue_from_numpy(empty_state(), device, device_id) for tensor in tensors
         }
-        self._binding = session.io_binding()
+
+    def run(self, batch: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str] = ()) -> list[npt.NDArray[Any]]:
+        """Count one batch, array by input name, and return ``outputs`` of the graph."""
+        binding = self._session.io_binding()
+        for name, array in batch.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(array))
+        for name in outputs:
+            binding.bind_output(name)
         for tensor, state in self._states.items():
             # The same memory going in and coming out: the kernel then adds in place.
-            self._binding.bind_ortvalue_input(tensor + STATE_SUFFIX, state)
-            self._binding.bind_ortvalue_output(tensor + NEXT_SUFFIX, state)
+            binding.bind_ortvalue_input(tensor + STATE_SUFFIX, state)
+            binding.bind_ortvalue_output(tensor + NEXT_SUFFIX, state)
+        self._session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return [value.numpy() for value in binding.get_outputs()[: len(outputs)]]
 
-    def run(self, batch: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Count one batch, array by input name."""
-        for name, array in batch.items():
-            self._binding.bind_cpu_input(name, np.ascontiguousarray(array))
-        self._session.run_with_iobinding(self._binding)
-
-    def result(self) -> dict[str, Histogram]:
-        """Return the histograms so far; the only copy to the host."""
-        self._binding.synchronize_outputs()
-        return {tensor: histogram_of(state.numpy()) for tensor, state in self._states.items()}
+    def take(self) -> dict[str, Histogram]:
+        """Return what was counted since the last time, and begin anew; the only copy of counters to the host."""
+        taken = {tensor: histogram_of(state.numpy()) for tensor, state in self._states.items()}
+        for state in self._states.values():
+            state.update_inplace(empty_state())
+        return taken
 
 
 def _value(key: int) -> float:

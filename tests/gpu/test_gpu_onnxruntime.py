@@ -102,4 +102,7 @@ def test_counters_stay_on_the_device() -> None:
     for batch in batches:
         counters.run({"x": batch})
     everything = np.concatenate(batches)
-    assert counters.result() == {"x": Histogram.of(everything), "h": Histogram.of(np.maximum(everything, 0))}
+    assert counters.take() == {"x": Histogram.of(everything), "h": Histogram.of(np.maximum(everything, 0))}
+    (y,) = counters.run({"x": batches[0]}, ["y"])
+    assert np.allclose(y, np.sqrt(np.maximum(batches[0], 0)), rtol=1e-5)
+    assert counters.take()["x"] == Histogram.of(batches[0])

@@ -12,10 +12,11 @@ import pytest
 from onnx import TensorProto, helper
 from qpipe.pipeline import estimate, graph
 from qpipe.pipeline.cli import main
-from qpipe.pipeline.recipe import make_recipe
+from qpipe.pipeline.recipe import SCHEMES, make_recipe
 from qpipe.pipeline.stages.prepare import prepare
 from qpipe.pipeline.stages.preview import preview
 from qpipe.pipeline.stages.quantize import quantize_model
+from qpipe.pipeline.workflow import Job
 
 RECIPES = {
     "w8": {"scheme": "w8"},
@@ -53,6 +54,17 @@ def write_model(path: Path, shapes: list[tuple[int, int]], *, holes: bool = Fals
     model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     path.write_bytes(model.SerializeToString())
     return path
+
+
+def test_every_scheme_can_be_estimated(tmp_path: Path) -> None:
+    path = write_model(tmp_path / "m.onnx", [(512, 512), (512, 512)])
+    model = prepare(graph.load(path))
+    x = np.random.default_rng(0).normal(size=(8, 512)).astype(np.float32)
+    calibration = Job.open(path).collect([{"h0": x}])
+    for name in SCHEMES:
+        target = {"target": "ort-cuda"} if name in ("fp16", "bf16", "fp8") else {}
+        cost = preview(model, make_recipe(scheme=name, **target), calibration, tmp_path, 0.0).cost
+        assert cost.output_bytes > 0, name
 
 
 @pytest.mark.parametrize("name", RECIPES)

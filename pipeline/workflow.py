@@ -17,7 +17,7 @@ from .qdq_check import check_qdq
 from .recipe import Recipe, make_recipe
 from .stages.collect import CollectOptions, collect
 from .stages.decide import wanted_tensors
-from .stages.details import wanted_details
+from .stages.details import hidden_tensors, wanted_details
 from .stages.equalize import Equalized, equalize
 from .stages.inline import inline_functions
 from .stages.prepare import prepare, require_opset
@@ -86,7 +86,8 @@ class Job:
         details = options.details or wanted_details(self.model.graph, detail)
         options = replace(options, identity=identity, details=details)
         source = clone(self.model) if self.equalized or self.rewritten else self.path
-        return collect(source, wanted_tensors(self.model.graph), batches, options)
+        tensors = [*wanted_tensors(self.model.graph), *hidden_tensors(self.model.functions)]
+        return collect(source, tensors, batches, options)
 
     def equalize(self, recipe: Recipe, calibration: Calibration) -> list[Equalized]:
         """Equalize the model as the recipe says; what is quantized next needs statistics collected after this."""

@@ -16,6 +16,9 @@ SENTINEL = 1e30
 MAX_NONFINITE = 1e-3
 """Share of NaN and infinities in a tensor up to which it still has a range to speak of."""
 
+HALF_SENTINEL = 6e4
+"""The same for float16, whose largest value, 65504, stands for -inf there; little beside it is a measurement either."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extrema:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import onnx
 import psutil
 
-from ...calibrate.stats.extrema import SENTINEL
+from ...calibrate.stats.extrema import HALF_SENTINEL, SENTINEL
 from .observe import Detail
 
 
@@ -24,7 +25,7 @@ class Job:
     Attributes:
         tensors: Names of activations.
         details: What to collect of a tensor beside its histogram.
-        sentinel: Magnitude from which finite values are masks.
+        sentinel: Magnitude from which finite values are masks; in float16 tensors `HALF_SENTINEL` at most.
         allow_nonfinite: Accept NaN and infinities in the model's outputs.
         device: As for `make_session`.
         threads: As for `make_session`; as many threads count, between runs.
@@ -44,3 +45,7 @@ class Job:
     op_libraries: tuple[Path, ...] = ()
     tensor_bytes: int = field(default_factory=machine_memory)
     batch_bytes: int = 2**31
+
+    def sentinel_of(self, onnx_type: int) -> float:
+        """Return the magnitude from which values of a tensor of this ONNX type are masks."""
+        return min(self.sentinel, HALF_SENTINEL) if onnx_type == onnx.TensorProto.FLOAT16 else self.sentinel

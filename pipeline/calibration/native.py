@@ -34,18 +34,17 @@ class Counters:
 
     Args:
         proto: The model; counting nodes are added to it.
-        tensors: What to count, of those that `countable` gave.
         details: What to collect beside histograms.
-        sentinel: Magnitude from which finite values are masks.
+        sentinels: What to count, of those that `countable` gave, and the magnitude from which values are masks.
     """
 
-    def __init__(
-        self, proto: onnx.ModelProto, tensors: Sequence[str], details: Mapping[str, Detail], sentinel: float
-    ) -> None:
+    def __init__(self, proto: onnx.ModelProto, details: Mapping[str, Detail], sentinels: Mapping[str, float]) -> None:
         from ...plugins.range_stats.op import attach, release
 
-        with_channels = [name for name in tensors if name in details]
-        self._keys = attach(proto, tensors, channels=with_channels, sentinel=sentinel).keys
+        self._keys: dict[str, int] = {}
+        for sentinel, alike in _by_sentinel(sentinels):
+            with_channels = [name for name in alike if name in details]
+            self._keys |= attach(proto, alike, channels=with_channels, sentinel=sentinel).keys
         weakref.finalize(self, release, list(self._keys.values()))
 
     def run(self, session: onnxruntime.InferenceSession, names: Sequence[str], batch: Batch) -> list[Any]:
@@ -69,15 +68,15 @@ class CountersOnDevice:
 
     Args:
         proto: The model; counting nodes, and their states as inputs and outputs, are added to it.
-        tensors: What to count, of those that `countable` gave.
-        sentinel: Magnitude from which finite values are masks.
+        sentinels: What to count, of those that `countable` gave, and the magnitude from which values are masks.
         device: Where the session runs.
     """
 
-    def __init__(self, proto: onnx.ModelProto, tensors: Sequence[str], sentinel: float, device: str = "cuda") -> None:
+    def __init__(self, proto: onnx.ModelProto, sentinels: Mapping[str, float], device: str = "cuda") -> None:
         from ...plugins.range_stats.device import attach
 
-        self._tensors = attach(proto, tensors, sentinel=sentinel)
+        groups = _by_sentinel(sentinels)
+        self._tensors = [name for sentinel, alike in groups for name in attach(proto, alike, sentinel=sentinel)]
         self._device = device
         self._counters: DeviceCounters | None = None
 
@@ -96,13 +95,20 @@ class CountersOnDevice:
         return {name: TensorStats(histogram=histogram) for name, histogram in self._counters.take().items()}
 
 
-def counters_of(proto: onnx.ModelProto, inside: Sequence[str], job: Job) -> Counters | CountersOnDevice | None:
-    """Add counting nodes to a model for the tensors that `countable` gave; None when there are none."""
-    if not inside:
+def counters_of(proto: onnx.ModelProto, job: Job, sentinels: Mapping[str, float]) -> Counters | CountersOnDevice | None:
+    """Add counting nodes to a model for the tensors of ``sentinels``; None when there are none."""
+    if not sentinels:
         return None
     if job.device == "cuda":
-        return CountersOnDevice(proto, inside, job.sentinel)
-    return Counters(proto, inside, job.details, job.sentinel)
+        return CountersOnDevice(proto, sentinels)
+    return Counters(proto, job.details, sentinels)
+
+
+def _by_sentinel(sentinels: Mapping[str, float]) -> list[tuple[float, list[str]]]:
+    groups: dict[float, list[str]] = {}
+    for name, sentinel in sentinels.items():
+        groups.setdefault(sentinel, []).append(name)
+    return list(groups.items())
 
 
 def usable(device: str) -> bool:

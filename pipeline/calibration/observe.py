@@ -85,11 +85,11 @@ class Observers:
     Args:
         tensors: Names, in the order of the result.
         details: What to collect beside histograms.
-        sentinel: Magnitude from which finite values are masks.
+        sentinels: Magnitude from which finite values are masks, by tensor.
     """
 
-    def __init__(self, tensors: list[str], details: Mapping[str, Detail], sentinel: float) -> None:
-        self._observers = {name: TensorObserver(details.get(name), sentinel) for name in tensors}
+    def __init__(self, tensors: list[str], details: Mapping[str, Detail], sentinels: Mapping[str, float]) -> None:
+        self._observers = {name: TensorObserver(details.get(name), sentinels[name]) for name in tensors}
 
     def update(self, name: str, x: npt.NDArray[np.generic]) -> None:
         """Observe one tensor of one batch."""

@@ -1,4 +1,4 @@
-"""Observing in several processes, on one machine (loky) or on a cluster (Dask), by joblib.
+"""Observing in several processes, on one machine (loky) or on a cluster (Dask, Ray), by joblib.
 
 Because statistics merge exactly and float sums are added in the order of the batches, any number of processes finds
 what one would have found. The cluster's own scheduler does the work of a lost process again.
@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import multiprocessing
 import os
 import pickle
 import signal
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
-from types import ModuleType
+from collections.abc import Generator, Iterable, Iterator
 from typing import Any
 
 from ...calibrate.errors import EnvironmentError_
 from ..graph import load
+from .cluster import joblib
 from .job import Job
 from .observe import Stats
 from .probe import Batch
 from .runner import Runner
+
+_ALONE = threading.Lock()
+"""Threads of a cluster's worker share one session, whose counters belong to one task at a time."""
 
 
 def observe_in_parallel(path: str, job: Job, workers: int, groups: Iterable[list[Batch]]) -> Iterator[list[Stats]]:
@@ -38,12 +42,10 @@ def observe_in_parallel(path: str, job: Job, workers: int, groups: Iterable[list
     Raises:
         EnvironmentError_: joblib is missing, or a process of this machine died.
     """
-    joblib = _joblib()
     threads = job.threads or max((os.cpu_count() or 1) // workers, 1)
     payload = pickle.dumps(dataclasses.replace(job, threads=threads))
-    tasks = (joblib.delayed(_work)(path, payload, group) for group in groups)
-    pool = joblib.Parallel(n_jobs=workers, return_as="generator", pre_dispatch=2 * workers, batch_size=1)
-    results = pool(tasks)
+    tasks = (joblib().delayed(_work)(path, payload, group) for group in groups)
+    results = _run(tasks, workers)
     try:
         for result in results:  # noqa: UP028 - closed below, not by "yield from"
             yield result
@@ -61,14 +63,16 @@ def observe_in_parallel(path: str, job: Job, workers: int, groups: Iterable[list
             results.close()
 
 
-def _joblib() -> ModuleType:
-    try:
-        import joblib
-    except ImportError as error:
-        raise EnvironmentError_(
-            "several workers need joblib", found=str(error), do="pip install 'qpipe[cluster]', or leave out --workers"
-        ) from error
-    return joblib  # type: ignore[no-any-return]
+def _run(tasks: Iterator[Any], workers: int) -> Generator[Any, None, None]:
+    """Yield the results of tasks in order, while at most twice as many as there are workers are under way or kept."""
+    at_once = 2 * workers
+    backend, _ = joblib().parallel.get_active_backend()
+    if backend.supports_return_generator:
+        yield from joblib().Parallel(n_jobs=workers, return_as="generator", pre_dispatch=at_once, batch_size=1)(tasks)
+        return
+    with joblib().Parallel(n_jobs=workers, batch_size=1) as pool:  # Ray's pool gives results in lists only
+        while some := list(itertools.islice(tasks, at_once)):
+            yield from pool(some)
 
 
 def _work(path: str, payload: bytes, group: list[Batch]) -> list[Stats]:
@@ -76,7 +80,8 @@ def _work(path: str, payload: bytes, group: list[Batch]) -> list[Stats]:
     if is_child and threading.current_thread() is threading.main_thread():
         # Ctrl-C reaches all processes of a terminal; the parent alone decides when to stop.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return _runner(path, payload).stats(group)
+    with _ALONE:
+        return _runner(path, payload).stats(group)
 
 
 @functools.lru_cache(maxsize=1)

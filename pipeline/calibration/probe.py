@@ -23,7 +23,12 @@ from .limits import survey
 from .native import countable, counters_of
 
 _IN_MEMORY = 3 * 2**29
-_FLOATS = ("tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)")
+_FLOATS = {
+    "tensor(float)": onnx.TensorProto.FLOAT,
+    "tensor(float16)": onnx.TensorProto.FLOAT16,
+    "tensor(bfloat16)": onnx.TensorProto.BFLOAT16,
+    "tensor(double)": onnx.TensorProto.DOUBLE,
+}
 
 
 class Probe:
@@ -38,6 +43,7 @@ class Probe:
         counters: Of the tensors that are counted inside the graph and not yielded; None when there are none.
         not_covered: Tensors that cannot be had, and why.
         lifted: Watched tensors that come out of a body flat: their axes are gone.
+        sentinels: Magnitude from which finite values are masks, by watched tensor.
 
     Raises:
         QpipeError: As `make_session`.
@@ -53,7 +59,8 @@ class Probe:
         exposed = expose(built.proto, job.tensors, inside)
         self._skeleton = built.proto.SerializeToString()
         self._taken = {entry.name for entry in graph.input}
-        self.counters = counters_of(built.proto, inside, job)
+        self.sentinels = {name: job.sentinel_of(known[name].onnx_type) for name in inside}
+        self.counters = counters_of(built.proto, job, self.sentinels)
         # Threads that wait for the next operator by spinning would take the processor from those that count.
         config = {"session.intra_op.allow_spinning": "0"}
         folder = _place_weights(built)
@@ -73,6 +80,9 @@ class Probe:
         self._outputs = {output: name for name, output in exposed.outputs.items() if name not in wrong}
         self._own = [name for name in own if types[name] in _FLOATS]
         self.watched = [name for name in exposed.order if name not in wrong]
+        for name in self.watched:
+            onnx_type = _FLOATS[types[exposed.outputs.get(name, name)]] if name not in self.sentinels else 0
+            self.sentinels.setdefault(name, job.sentinel_of(onnx_type))
 
     def run(self, batch: Batch) -> Iterator[tuple[str, npt.NDArray[Any], bool]]:
         """Run the model on a batch and yield its tensors; each is let go before the next.

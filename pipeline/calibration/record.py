@@ -54,7 +54,7 @@ class Calibration:
         skipped: Number of batches left out because they had no elements.
         model: The model that the statistics belong to.
         data: Fingerprint of the data, one per stream that was merged, sorted.
-        options: What the collection depends on, e.g. the sentinel threshold.
+        options: What the collection depends on, e.g. the sentinel threshold, and whether the data was random.
         versions: Versions of the programs that collected.
         not_covered: Tensors that were asked for and could not be observed, with the reason.
     """
@@ -67,6 +67,13 @@ class Calibration:
     options: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     not_covered: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def origin(self) -> str:
+        """What the data was: ``"random"``, or the start of the fingerprint of each stream."""
+        if self.options.get("random"):
+            return "random"
+        return "sha256:" + ",".join(str(entry["running"])[:16] for entry in self.data)
 
     def merge(self, other: Calibration) -> Calibration:
         """Return the statistics of both; histograms exactly, in any order; see `merge`."""

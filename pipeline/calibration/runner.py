@@ -45,7 +45,7 @@ class Runner:
 
     def observers(self) -> Observers:
         """Return observers that have seen nothing."""
-        return Observers(self.tensors, self._details, self._job.sentinel)
+        return Observers(self.tensors, self._details, self._probe.sentinels)
 
     def observe(self, batch: Batch, observers: Observers) -> None:
         """Run one batch and count its activations; `settle` completes the observers.

@@ -23,7 +23,11 @@ FORMS = ("ort-json", "ort-flatbuffers", "ort-text", "trt-cache")
 @data_options
 @click.option("--resume", is_flag=True, help="Go on from the output file; the data must be the same.")
 @click.option("--merge", multiple=True, type=click.Path(path_type=Path), metavar="FILE", help="Merge these files.")
+@click.option(
+    "--save-every", type=click.IntRange(min=1), metavar="N", help="Save every N batches, not only every 30 s."
+)
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes; same result.")
+@click.option("--cluster", metavar="WHERE", help="Run the workers on dask:ADDRESS of a scheduler, ray, or ray:ADDRESS.")
 @click.option(
     "--detail",
     type=click.Choice(["none", "channels", "gram"]),
@@ -32,6 +36,11 @@ FORMS = ("ort-json", "ort-flatbuffers", "ort-text", "trt-cache")
     help="What to keep of layer inputs beside histograms: magnitudes per channel, or XᵀX too (GPTQ, AWQ).",
 )
 @click.option("--allow-nonfinite", is_flag=True, help="Accept activations that are NaN or infinite.")
+@click.option(
+    "--sentinel",
+    type=click.FloatRange(min=0, min_open=True),
+    help="Magnitude from which values are masks, in no range.  [default: 1e30; 6e4 for float16]",
+)
 @click.option("--max-memory", type=click.IntRange(min=1), metavar="BYTES", help="Refuse larger tensors.")
 @click.option("--emit", multiple=True, type=click.Choice(FORMS), help="Also write a table for another tool.")
 @click.option("--method", default="minmax", show_default=True, help="Method of the ranges that --emit writes.")
@@ -79,7 +88,7 @@ def _collected(model: Path | None, target: Path, given: dict[str, Any]) -> Calib
         raise UsageError(
             "no model was named", expected="qpipe calibrate MODEL --data DATA -o FILE, or --merge FILE ..."
         )
-    checkpoints = Checkpoints(path=target, resume=given["resume"], force=given["force"])
+    checkpoints = Checkpoints(path=target, resume=given["resume"], force=given["force"], batches=given["save_every"])
     try:
         return collect_statistics(open_job(model, given), given, checkpoints)
     except KeyboardInterrupt:

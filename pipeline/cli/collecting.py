@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from ..stages.collect import Checkpoints
     from ..workflow import Job
 
+_NAMED = 3  # tensors in a line that stands for all that share a reason
+
 
 def open_job(path: Path, given: Mapping[str, Any]) -> Job:
     """Load and prepare a float model as the options say that `calibrate` and `quantize` share."""
@@ -49,15 +51,18 @@ def collect_statistics(job: Job, given: Mapping[str, Any], checkpoints: Checkpoi
     from ..stages.collect import CollectOptions
 
     feed = feed_from(given, inputs_of(job.model.graph))
-    with output.progress("calibrating", given["samples"], quiet=given["quiet"]) as advance:
+    with output.progress("calibrating", feed.expected, quiet=given["quiet"]) as advance:
         options = CollectOptions(
+            **({"sentinel": given["sentinel"]} if given.get("sentinel") else {}),
             device=given["device"],
             workers=given.get("workers", 1),
+            cluster=given.get("cluster"),
             allow_nonfinite=given.get("allow_nonfinite", False),
             max_memory=given.get("max_memory"),
             op_libraries=given["custom_op_library"],
+            random=not given["data"],
             checkpoints=checkpoints,
-            progress=lambda done, rate: advance(done, f"{rate:.1f} samples/s, {_peak_memory():.0f} MB"),
+            progress=lambda done, rate: advance(done, f"{rate:.1f} samples/s, peak {_peak_memory():.0f} MB"),
             warn=output.warn,
         )
         start = time.monotonic()
@@ -67,9 +72,21 @@ def collect_statistics(job: Job, given: Mapping[str, Any], checkpoints: Checkpoi
         f"{calibration.samples} samples, {len(calibration.tensors)} tensors, "
         f"{calibration.samples / seconds:.1f} samples/s, peak {_peak_memory():.0f} MB"
     )
-    for tensor, reason in calibration.not_covered.items():
-        output.note(f"not covered: {tensor}: {reason}")
+    for line in not_covered_lines(calibration.not_covered):
+        output.note(line)
     return calibration
+
+
+def not_covered_lines(not_covered: Mapping[str, str]) -> list[str]:
+    """Return one line per reason, with the first of its tensors."""
+    by_reason: dict[str, list[str]] = {}
+    for tensor, reason in not_covered.items():
+        by_reason.setdefault(reason, []).append(tensor)
+    lines = []
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+        lines.append(f"not covered: {', '.join(names[:_NAMED])}{more}: {reason}")
+    return lines
 
 
 def _peak_memory() -> float:

@@ -52,6 +52,7 @@ _DATA_OPTIONS = (
     click.option("--batch", type=click.IntRange(min=1), default=8, show_default=True, help="Samples per batch."),
     click.option("--map", "mapping", multiple=True, metavar="OLD=NEW", help="The data calls model input NEW OLD."),
     click.option("--batchify", is_flag=True, help="Add a batch axis of 1 where the data lacks it."),
+    click.option("--seed", type=int, default=0, show_default=True, help="For --random, and what a script draws from."),
 )
 
 
@@ -79,12 +80,13 @@ def feed_from(given: Mapping[str, Any], inputs: Sequence[InputInfo]) -> Feed:
         batch=given["batch"],
         mapping=dict(_pair(text) for text in given["mapping"]),
         batchify=given["batchify"],
+        seed=given["seed"],
     )
     if given["data"]:
         return Feed(given["data"], inputs, options, warn=output.warn)
     if given["random_samples"]:
         output.warn("random data: the ranges that come of it mean nothing")
-        return Feed(random_batches(inputs, given["random_samples"], 0), inputs, options, warn=output.warn)
+        return Feed(random_batches(inputs, given["random_samples"], given["seed"]), inputs, options, warn=output.warn)
     raise UsageError(
         "no data was given; qpipe never makes some up",
         expected="--data script.py (its load_data() yields dicts), --data samples.npz, or --data folder/",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SCHEMA_VERSION = 1
+_PLAIN_SECONDS = 10.0  # between lines of progress where there is no terminal
 _CONTROL = dict.fromkeys((*range(9), *range(11, 32), 127))
 
 
@@ -119,15 +120,26 @@ def _bar(what: str, total: int | None) -> Iterator[Callable[[int, str], None]]:
 def _plain_progress(what: str, total: int | None) -> Callable[[int, str], None]:
     import time
 
-    last = time.monotonic()
+    start = last = time.monotonic()
+    skipped: int | None = None  # what a resumed run finds done says nothing about its speed
 
     def advance(done: int, remark: str) -> None:
-        nonlocal last
-        if time.monotonic() - last >= 10:
-            last = time.monotonic()
+        nonlocal last, skipped
+        now = time.monotonic()
+        if skipped is None:
+            skipped = done
+        if now - last >= _PLAIN_SECONDS:
+            last = now
+            if total and skipped < done <= total:
+                remark += f", {_duration((now - start) / (done - skipped) * (total - done))} left"
             note(f"{what}: {done}{f' of {total}' if total else ''}  {remark}")
 
     return advance
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
 def _is_number(text: str) -> bool:

@@ -171,6 +171,21 @@ def read_npz(path: Path, batch: int) -> Iterator[dict[str, Array]]:
         raise DataError("this .npz archive is damaged", where=str(path), found=str(error)) from error
 
 
+def count_samples(path: Path) -> int | None:
+    """Return how many samples a ``.npy`` or ``.npz`` file declares; None when it cannot be told or is damaged."""
+    shapes = []
+    with contextlib.suppress(DataError, OSError, zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error):
+        if path.suffix == ".npy":
+            with path.open("rb") as file:
+                shapes.append(_read_header(file, str(path))[0])
+        elif path.suffix == ".npz":
+            with zipfile.ZipFile(path) as archive:
+                for member in archive.infolist():
+                    with archive.open(member) as file:
+                        shapes.append(_read_header(file, member.filename)[0])
+    return next((shape[0] for shape in shapes if shape), None)
+
+
 def _pieces(streams: dict[str, ArrayStream], batch: int, where: str) -> Iterator[dict[str, Array]]:
     counts = {name: stream.shape[0] for name, stream in streams.items() if stream.shape}
     if len(set(counts.values())) > 1:

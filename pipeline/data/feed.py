@@ -12,7 +12,7 @@ import numpy as np
 
 from ...calibrate.errors import DataError
 from .signature import Batch, InputInfo, Warn, conform
-from .sources import batches
+from .sources import batches, known_samples
 
 
 def samples_in(batch: Batch) -> int:
@@ -107,12 +107,14 @@ class FeedOptions:
         batch: Samples per batch, for files; a fixed batch size of the model goes before it.
         mapping: Name in the data -> name of the model's input.
         batchify: Add a missing first axis of size 1.
+        seed: Of the generators that a script draws from; None to leave them alone.
     """
 
     samples: int | None = None
     batch: int = 1
     mapping: Mapping[str, str] = field(default_factory=dict)
     batchify: bool = False
+    seed: int | None = None
 
 
 class Feed:
@@ -128,6 +130,7 @@ class Feed:
         batches: Batches yielded so far.
         skipped: Batches without elements that were left out.
         fingerprint: Of what was yielded so far.
+        expected: Samples that there will be, None where only reading the data can tell.
     """
 
     def __init__(
@@ -146,6 +149,8 @@ class Feed:
         self._fixed = fixed.pop() if len(fixed) == 1 else None
         self._warn = warn
         self._said: set[str] = set()
+        known = [n for n in (self._options.samples, known_samples(argument)) if n is not None]
+        self.expected = min(known, default=None)
         self.batches = 0
         self.skipped = 0
         self.fingerprint = Fingerprint()
@@ -165,7 +170,8 @@ class Feed:
             )
 
     def _conformed(self) -> Iterator[Batch]:
-        for raw in batches(self._argument, inputs=self._inputs, batch=self._fixed or self._options.batch):
+        size = self._fixed or self._options.batch
+        for raw in batches(self._argument, inputs=self._inputs, batch=size, seed=self._options.seed):
             if is_empty(raw):
                 self.skipped += 1
                 self._say("batches without elements were skipped")

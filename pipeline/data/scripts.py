@@ -8,12 +8,15 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import itertools
+import random
 import sys
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any
+
+import numpy as np
 
 from ...calibrate.errors import DataError, QpipeError
 
@@ -65,8 +68,21 @@ class UserCode:
         return f"{last.filename}:{last.lineno}, in {last.name}" if last else None
 
 
-def run_script(path: Path, function: str) -> Iterator[Any]:
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of Python, numpy and, once it is imported, torch; those a script makes are its own."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.manual_seed(seed)
+
+
+def run_script(path: Path, function: str, seed: int | None = None) -> Iterator[Any]:
     """Run ``function()`` of a script and yield what it yields.
+
+    Args:
+        path: The script.
+        function: Name of the function.
+        seed: `seed_generators` with it before anything of the script runs, None to leave them alone.
 
     Raises:
         DataError: The script or the function is missing, or the script raised.
@@ -78,7 +94,11 @@ def run_script(path: Path, function: str) -> Iterator[Any]:
     sys.path.insert(0, folder)
     try:
         with UserCode(path, f"{path.name}"):
+            if seed is not None:
+                seed_generators(seed)
             module = _import(path)
+            if seed is not None:  # again: importing may have brought torch, and drawn numbers
+                seed_generators(seed)
         make = getattr(module, function, None)
         if not callable(make):
             names = [name for name, value in vars(module).items() if callable(value) and not name.startswith("_")]

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ...calibrate.errors import DataError
-from .arrays import read_columns, read_npy, read_npz
+from .arrays import count_samples, read_columns, read_npy, read_npz
 from .scripts import iterate, run_script, split_script
 from .signature import Batch, InputInfo, to_array
 
@@ -20,7 +20,7 @@ _DATA_SETS = "test_data_set_*"
 
 
 def batches(
-    argument: str | Path | Iterable[Any], *, inputs: Sequence[InputInfo] = (), batch: int = 1
+    argument: str | Path | Iterable[Any], *, inputs: Sequence[InputInfo] = (), batch: int = 1, seed: int | None = None
 ) -> Iterator[Batch]:
     """Yield batches, one at a time, from any kind of data source.
 
@@ -30,12 +30,13 @@ def batches(
         inputs: What the model takes; needed where the data itself has no names.
         batch: Samples per batch, for files whose first axis counts samples. A folder of polygraphy JSON or a
             script yields the batches that it holds.
+        seed: For a script: `seed_generators` with it, None to leave them alone.
 
     Raises:
         DataError: The data cannot be read, or there is none.
     """
     count = 0
-    for item in _items(argument, inputs, batch):
+    for item in _items(argument, inputs, batch, seed):
         count += 1
         yield _as_batch(item, inputs)
     if count == 0:
@@ -47,12 +48,23 @@ def batches(
         )
 
 
-def _items(argument: Any, inputs: Sequence[InputInfo], batch: int) -> Iterator[Any]:
+def known_samples(argument: Any) -> int | None:
+    """Return how many samples a data source declares to hold; None for scripts and whatever else has to be run."""
+    if not isinstance(argument, str | Path):
+        return None
+    path = Path(argument)
+    if not path.is_dir():
+        return count_samples(path)
+    counts = [count_samples(file) for file in path.glob("*.npz")]
+    return sum(n for n in counts if n) if counts and None not in counts else None
+
+
+def _items(argument: Any, inputs: Sequence[InputInfo], batch: int, seed: int | None) -> Iterator[Any]:
     if not isinstance(argument, str | Path):
         return iterate(argument, None, "the data")
     script = split_script(str(argument))
     if script is not None:
-        return run_script(*script)
+        return run_script(*script, seed)
     path = Path(argument)
     if path.is_dir():
         return _folder(path, inputs, batch)

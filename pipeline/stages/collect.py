@@ -20,10 +20,11 @@ from typing import Any
 import onnx
 
 from ...calibrate.errors import DataError, WriteError
-from ...calibrate.stats.extrema import MAX_NONFINITE, SENTINEL
+from ...calibrate.stats.extrema import HALF_SENTINEL, MAX_NONFINITE, SENTINEL
 from ..calibration import Calibration, ModelIdentity, identify
 from ..calibration import load as load_qcal
 from ..calibration import save as save_qcal
+from ..calibration.cluster import cluster_for_joblib
 from ..calibration.job import Job
 from ..calibration.masks import masked_tensors
 from ..calibration.observe import Detail, Stats
@@ -74,10 +75,13 @@ class CollectOptions:
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
         threads: Threads per process, None for ONNX Runtime's choice.
         workers: Processes; more than 1 needs joblib. On a cluster the model must be a path that all machines read.
+        cluster: ``"dask:ADDRESS"``, ``"ray"`` or ``"ray:ADDRESS"``; None for this machine, or for what the caller has
+            chosen with ``joblib.parallel_config``.
         native: Count inside the graph where the plugin library is built; the result is the same without.
         op_libraries: Libraries of custom operators that the model needs.
         max_memory: Refuse a model that makes a tensor of more bytes; None for the machine's memory.
         batch_bytes: Split batches whose activations take more, where the model's batch axis is free.
+        random: Remember in the statistics that the data means nothing.
         checkpoints: None for nothing saved.
         identity: The model that the statistics are for, where that is not the one that runs.
         progress: Told the number of samples and the samples per second as the run goes.
@@ -90,10 +94,12 @@ class CollectOptions:
     device: str = "cpu"
     threads: int | None = None
     workers: int = 1
+    cluster: str | None = None
     native: bool = True
     op_libraries: tuple[Path, ...] = ()
     max_memory: int | None = None
     batch_bytes: int = 2**31
+    random: bool = False
     checkpoints: Checkpoints | None = None
     identity: ModelIdentity | None = None
     progress: Callable[[int, float], None] | None = None
@@ -122,7 +128,8 @@ def collect(
         WriteError: The target of the checkpoints exists, or cannot be written.
         QpipeError: As `make_session`.
     """
-    path = str(model) if isinstance(model, (str, Path)) else ""
+    # Absolute: a worker of a cluster has a current folder of its own.
+    path = str(Path(model).absolute()) if isinstance(model, (str, Path)) else ""
     if isinstance(model, (str, Path)):
         model = load(model)
     elif isinstance(model, onnx.ModelProto):
@@ -143,14 +150,16 @@ def collect(
         batch_bytes=options.batch_bytes,
     )
     with contextlib.ExitStack() as stack:
-        if (options.workers > 1 and not path) or _in_memory(model) > EXTERNAL_THRESHOLD:
+        alone = options.workers == 1 and options.cluster is None
+        if not (alone or path) or _in_memory(model) > EXTERNAL_THRESHOLD:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qpipe-model-"))
             path = str(save(model, Path(folder) / "model.onnx")[-1])
             model = load(path)
         run = _Run(model, Runner(model, job), options, identity)
         stop = stack.enter_context(StopRequest())
-        if options.workers == 1:
+        if alone:
             return run.over(batches, run.one_by_one, stop)
+        stack.enter_context(cluster_for_joblib(options.cluster))
         return run.over(batches, lambda stream: run.in_parallel(stream, path, job), stop)
 
 
@@ -280,7 +289,11 @@ class _Run:
             skipped=self._done.skipped,
             model=self._identity,
             data=(self._done.seen,),
-            options={"sentinel": self._options.sentinel, "device": self._options.device},
+            options={
+                "sentinel": self._options.sentinel,
+                "device": self._options.device,
+                **({"random": True} if self._options.random else {}),
+            },
             versions={"onnxruntime": load_onnxruntime().__version__, "qpipe": installed("qpipe") or ""},
             not_covered=self._runner.not_covered,
         )
@@ -354,7 +367,7 @@ def judge(tensors: Stats, options: CollectOptions, model: Model) -> None:
         )
     if options.warn is not None and masked:
         options.warn(
-            f"{len(masked)} tensors have mask values (magnitude over {options.sentinel:g}), "
+            f"{len(masked)} tensors have mask values ({options.sentinel:g} or more, {HALF_SENTINEL:g} in float16), "
             f"the first is {masked[0]!r}; they are left out"
         )
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import onnx
 import onnx_graphsurgeon as gs
 
 from ...calibrate.stats.tokens import Window
 from ..calibration.observe import Detail
 from ..constants import weight_of
 from ..graph import all_graphs
-from ..rules import rule_of
+from ..rules import RULES, rule_of
 
 LEVELS = ("none", "channels", "gram")
 """``channels``: magnitudes per channel of what MatMul and Gemm read. ``gram``: XᵀX as well, and of Convs too."""
@@ -41,6 +44,21 @@ def wanted_details(graph: gs.Graph, level: str) -> dict[str, Detail]:
             if window is not None:
                 details[name] = Detail(axis=1, window=window, gram=True)
     return details
+
+
+def hidden_tensors(functions: Iterable[onnx.FunctionProto]) -> list[str]:
+    """Return the tensors inside model-local functions that a rule would ask for, were they in the graph.
+
+    They cannot be collected, since every call computes others under the same name; asking for them has them named in
+    the result.
+    """
+    wanted: dict[str, None] = {}
+    for function in functions:
+        for node in function.node:
+            rule = RULES.get(node.op_type) if not node.domain and node.op_type in RULES else None
+            if rule is not None and rule.kind != "float":
+                wanted |= dict.fromkeys(name for name in node.output if name)
+    return list(wanted)
 
 
 def _window(node: gs.Node) -> Window | None:

@@ -152,6 +152,8 @@ def quantize_model(
         narrow(model.graph, plan, border_of(recipe, given), half_scales=target.half_scales)
     _add_functions(model, bench)
     passes = tune(model, recipe.target) if plan.quantized() else {}
+    if calibration is not None:
+        model.metadata["qpipe.calibration"] = calibration.origin
     lowered = lower(model, plan, recipe)
     return Quantized(
         model=lowered,

@@ -11,6 +11,7 @@ import numpy as np
 from ..calibrate.formats import FORMATS
 from ..calibrate.qarray import Range, Spec
 from ..calibrate.ranges import resolve
+from ..calibrate.ranges.auto import pick
 from ..calibrate.stats.channel_amax import OutlierChannel, outlier_channels
 from ..calibrate.stats.histogram import F64, Bins, Histogram
 from .calibration import Calibration, TensorStats
@@ -38,6 +39,7 @@ class TensorRow:
         masks: Finite values so large that they are masks.
         ranges: Range per method.
         clipped: Share of the values outside the range, per method.
+        auto: The one of these methods that ``auto`` takes.
         outliers: Channels that stick out, largest first; empty also where channels were not observed.
     """
 
@@ -52,6 +54,7 @@ class TensorRow:
     masks: int
     ranges: dict[str, tuple[float, float]]
     clipped: dict[str, float]
+    auto: str
     outliers: tuple[OutlierChannel, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,8 +79,8 @@ def inspect_calibration(
     solvers = {name: resolve(name) for name in methods}
     rows = []
     for name, stats in calibration.tensors.items():
-        ranges = {method: _limits(solve(stats.histogram, wanted)) for method, solve in solvers.items()}
-        rows.append(_row(name, stats, ranges))
+        solved = {method: solve(stats.histogram, wanted) for method, solve in solvers.items()}
+        rows.append(_row(name, stats, solved, pick(solved, stats.histogram, wanted)))
     return rows
 
 
@@ -90,6 +93,8 @@ def calibration_report(calibration: Calibration, rows: Iterable[TensorRow], *, t
     notes += [
         f"{row.tensor}: {row.nan} NaN and {row.inf} infinities were left out" for row in listed if row.nan or row.inf
     ]
+    notes += [f"{row.tensor}: {row.masks} mask values were left out" for row in listed if row.masks]
+    notes += [f"{row.tensor} is dead: all of its values are 0" for row in listed if row.zeros == 1]
     return Report(
         kind="calibration",
         title=title,
@@ -114,9 +119,10 @@ def share_clipped(bins: Bins, limits: tuple[float, float]) -> float:
     return float((bins.counts * np.minimum(below + above, 1)).sum() / total)
 
 
-def _row(name: str, stats: TensorStats, ranges: dict[str, tuple[float, float]]) -> TensorRow:
+def _row(name: str, stats: TensorStats, solved: dict[str, Range], auto: str) -> TensorRow:
     histogram = stats.histogram
     extrema, bins = histogram.extrema, histogram.bins()
+    ranges = {method: _limits(rng) for method, rng in solved.items()}
     return TensorRow(
         tensor=name,
         values=histogram.total,
@@ -129,6 +135,7 @@ def _row(name: str, stats: TensorStats, ranges: dict[str, tuple[float, float]]) 
         masks=extrema.sentinel,
         ranges=ranges,
         clipped={method: share_clipped(bins, limits) for method, limits in ranges.items()},
+        auto=auto,
         outliers=() if stats.channels is None else tuple(outlier_channels(stats.channels)),
     )
 
@@ -173,16 +180,18 @@ def _table(rows: Sequence[TensorRow]) -> Table:
         Column(key="hi", title="max", kind="number"),
         Column(key="p9999", title="p99.99", kind="number", about="99.99 % of the magnitudes are below"),
         Column(key="zeros", title="zeros", kind="share"),
-        *(Column(key=m, title=f"{m} clips", kind="share", about="share of values outside the range") for m in methods),
-        Column(key="outliers", title="outlier channels", about="index (largest magnitude)"),
+        *(Column(key=m, title=m, kind="share", about=f"share of the values that {m} clips") for m in methods),
+        Column(key="auto", title="auto", about="the method that auto takes for asymmetric uint8"),
+        Column(key="outliers", title="outlier channels", about="index (largest magnitude, share of the energy)"),
     )
-    about = "Every observed activation; what a method clips, and channels that stick out."
-    return Table(name="tensors", title="Activations", columns=columns, rows=tuple(map(_cells, rows)), about=about)
+    title = "Activations, and the share of their values that each method clips"
+    about = "For asymmetric uint8. Outlier channels: index (largest magnitude, share of the tensor's energy)."
+    return Table(name="tensors", title=title, columns=columns, rows=tuple(map(_cells, rows)), about=about)
 
 
 def _cells(row: TensorRow) -> Mapping[str, Any]:
-    shown = [f"{o.channel} ({o.amax:.3g})" for o in row.outliers[:SHOWN_CHANNELS]]
+    shown = [f"{o.channel} ({o.amax:.3g}, {o.share:.0%})" for o in row.outliers[:SHOWN_CHANNELS]]
     more = len(row.outliers) - len(shown)
     text = ", ".join(shown) + (f" and {more} more" if more else "")
-    plain = {key: getattr(row, key) for key in ("tensor", "lo", "hi", "p9999", "zeros")}
+    plain = {key: getattr(row, key) for key in ("tensor", "lo", "hi", "p9999", "zeros", "auto")}
     return {**plain, **row.clipped, "outliers": text or None}

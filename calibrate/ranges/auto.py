@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..qarray import Range, Spec
@@ -38,11 +39,16 @@ class Auto:
 def choose(histogram: Histogram, spec: Spec, tolerance: float = _TOLERANCE) -> tuple[str, Range]:
     """Return the name of the method that `Auto` picks for a tensor, and its range."""
     ranges = {name: method(histogram, spec) for name, method in METHODS.items() if not isinstance(method, Auto)}
+    name = pick(ranges, histogram, spec, tolerance)
+    return name, ranges[name]
+
+
+def pick(ranges: Mapping[str, Range], histogram: Histogram, spec: Spec, tolerance: float = _TOLERANCE) -> str:
+    """Return which of several ranges of a tensor, by method, `Auto` takes."""
     errors = dict(zip(ranges, expected_mses(histogram, list(ranges.values()), spec), strict=True))
     enough = min(errors.values()) * (1 + tolerance)
     good = [name for name in ranges if errors[name] <= enough]
-    name = max(good, key=lambda n: (float(ranges[n].hi - ranges[n].lo), n == "minmax"))
-    return name, ranges[name]
+    return max(good, key=lambda n: (float(ranges[n].hi - ranges[n].lo), n == "minmax"))
 
 
 METHODS.add("auto", Auto())

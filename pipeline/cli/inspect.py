@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import click
 from ...calibrate.errors import UsageError
 from . import output
 from .options import FORCE, JSON
+
+_REST = 160  # characters beside a tensor's name
 
 
 @click.command("inspect", short_help="Show what is in a model or a statistics file.")
@@ -77,4 +80,6 @@ def _statistics(file: Path, given: dict[str, Any]) -> None:
         reports.save(report, given["report"], force=given["force"])
         output.note(f"wrote {given['report']}")
     data = {**report.to_dict(), "rows": [row.to_dict() for row in rows]}
-    output.emit(data, given["as_json"], reports.to_text(report, output.width()).splitlines())
+    names = max((len(row.tensor) for row in rows), default=0)
+    width = output.width() if sys.stdout.isatty() else names + _REST  # whoever reads lines wants names in one piece
+    output.emit(data, given["as_json"], reports.to_text(report, width).splitlines())

@@ -14,7 +14,7 @@ using outlier_matmul::ElementType;
 using outlier_matmul::Lane;
 
 constexpr int64_t kTaskValues = 64 * 1024;  // below, waking a thread costs more than counting
-constexpr int64_t kMaxTasks = 16;
+constexpr int64_t kMaxTasks = 8;  // each may need a table of some 100 KB, in models of a thousand tensors
 constexpr int64_t kTaskChannels = 256;
 
 struct Call {
@@ -22,8 +22,8 @@ struct Call {
     ElementType type;
     float sentinel;
     const char* values;
-    int64_t size, channels;
-    std::vector<Table*> tables;
+    int64_t size, channels, parts;
+    State* state;
     std::vector<float> widened;  // 16-bit input as float32, only when channels are wanted
     Channels run;
 };
@@ -32,9 +32,10 @@ size_t element_size(ElementType type) { return type == outlier_matmul::kFloat32 
 
 void count_part(Call& call, int64_t part) {
     constexpr int64_t kChunk = 4096;
-    const auto parts = static_cast<int64_t>(call.tables.size());
-    const int64_t first = call.size * part / parts, last = call.size * (part + 1) / parts;
-    Table& table = *call.tables[static_cast<size_t>(part)];
+    const int64_t first = call.size * part / call.parts, last = call.size * (part + 1) / call.parts;
+    // Taken only while the part is under way: a tensor has as many tables as threads ever counted it at a time.
+    const State::Loan loan(*call.state);
+    Table& table = loan.table;
     if (call.type == outlier_matmul::kFloat32) {
         table.count(reinterpret_cast<const float*>(call.values) + first, last - first, call.sentinel);
         return;
@@ -83,21 +84,18 @@ class CpuKernel : public Kernel {
         QPIPE_RETURN_IF(output(context, 0, {}, counted));
         if (counted != nullptr) *static_cast<int64_t*>(counted) = x.size();
         if (x.size() == 0) return nullptr;
-        Call call{lane_, type_, sentinel_, x.as<char>(), x.size(), channels_ != 0 && x.rank() > 0 ? x.shape.back() : 0,
-                  {}, {}, {}};
+        const int64_t channels = channels_ != 0 && x.rank() > 0 ? x.shape.back() : 0;
+        const int64_t parts = std::clamp(x.size() / kTaskValues, int64_t{1}, kMaxTasks);
+        Call call{lane_, type_, sentinel_, x.as<char>(), x.size(), channels, parts, state_.get(), {}, {}};
         QPIPE_RETURN_IF(count(context, call));
         return call.channels > 0 ? sum(context, call) : nullptr;
     }
 
   private:
     OrtStatus* count(const OrtKernelContext* context, Call& call) {
-        const int64_t tasks = std::clamp(call.size / kTaskValues, int64_t{1}, kMaxTasks);
-        call.tables = state_->take(static_cast<size_t>(tasks));
-        OrtStatus* status = parallel(context, tasks, call, [](void* data, size_t part) {
+        return parallel(context, call.parts, call, [](void* data, size_t part) {
             count_part(*static_cast<Call*>(data), static_cast<int64_t>(part));
         });
-        state_->give_back(call.tables);
-        return status;
     }
 
     OrtStatus* sum(const OrtKernelContext* context, Call& call) {

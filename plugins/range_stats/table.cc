@@ -179,24 +179,20 @@ void Table::clear() {
     extrema_ = {};
 }
 
-std::vector<Table*> State::take(size_t count) {
+Table& State::take() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    std::vector<Table*> taken;
-    while (taken.size() < count) {
-        if (idle_.empty()) {
-            tables_.push_back(std::make_unique<Table>());
-            idle_.push_back(tables_.back().get());
-        }
-        taken.push_back(idle_.back());
-        idle_.pop_back();
+    if (idle_.empty()) {
+        tables_.push_back(std::make_unique<Table>());
+        return *tables_.back();
     }
-    return taken;
+    Table& table = *idle_.back();
+    idle_.pop_back();
+    return table;
 }
 
-void State::give_back(const std::vector<Table*>& tables) {
+void State::give_back(Table& table) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    // In reverse: the next run takes them in the same order, and finds its counters in its cache.
-    idle_.insert(idle_.end(), tables.rbegin(), tables.rend());
+    idle_.push_back(&table);  // the last one is taken first: its counters are in the cache
 }
 
 void State::add_channels(const Channels& run) {

@@ -53,11 +53,22 @@ struct Channels {
     int64_t tokens = 0;
 };
 
-// All that is known of one tensor. Runs take tables, fill them and give them back.
+// All that is known of one tensor.
 class State {
   public:
-    std::vector<Table*> take(size_t count);
-    void give_back(const std::vector<Table*>& tables);
+    // A table for one thread to fill, given back at the end of the block.
+    class Loan {
+      public:
+        explicit Loan(State& state) : table(state.take()), state_(state) {}
+        ~Loan() { state_.give_back(table); }
+        Loan(const Loan&) = delete;
+        Loan& operator=(const Loan&) = delete;
+        Table& table;
+
+      private:
+        State& state_;
+    };
+
     void add_channels(const Channels& run);
 
     void read(int64_t* dense, Extrema& extrema) const;
@@ -65,6 +76,9 @@ class State {
     void clear();
 
   private:
+    Table& take();
+    void give_back(Table& table);
+
     mutable std::mutex mutex_;
     std::vector<std::unique_ptr<Table>> tables_;
     std::vector<Table*> idle_;

@@ -56,9 +56,9 @@ def stand_in() -> onnx.FunctionProto:
 def takes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Histogram]]:
     """Count on the "device"; return the list of what is copied from it."""
 
-    def counters_of(proto: onnx.ModelProto, inside: list[str], job: Any) -> native.CountersOnDevice:
+    def counters_of(proto: onnx.ModelProto, job: Any, sentinels: dict[str, float]) -> native.CountersOnDevice:
         proto.functions.append(stand_in())
-        return native.CountersOnDevice(proto, inside, job.sentinel, device="cpu")
+        return native.CountersOnDevice(proto, sentinels, device="cpu")
 
     taken: list[dict[str, Histogram]] = []
     original = DeviceCounters.take

@@ -81,6 +81,8 @@ def load(path: str | Path) -> Calibration:
             raise _Damage("it is a safetensors file, but holds no calibration")
         if int(metadata["schema"]) > SCHEMA:
             raise _Damage(f"its schema {metadata['schema']} is newer than {SCHEMA}", do="pip install --upgrade qpipe")
+        if int(metadata["schema"]) < 1:
+            raise _Damage(f"there is no schema {metadata['schema']}")
         if _checksum(metadata["qcal"], header) != metadata["checksum"]:
             raise _Damage("the checksum of its header is wrong")
         content = json.loads(metadata["qcal"])

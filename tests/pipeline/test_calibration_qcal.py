@@ -160,6 +160,12 @@ def test_a_newer_schema_says_so(whole, tmp_path):
     assert "upgrade" in caught.value.do
 
 
+def test_an_older_schema_than_the_first_is_refused(whole, tmp_path):
+    (tmp_path / "x.qcal").write_bytes(whole.replace(b'"schema": "1"', b'"schema": "0"'))
+    with pytest.raises(DataError, match="there is no schema 0"):
+        load(tmp_path / "x.qcal")
+
+
 def test_another_safetensors_file_says_so(tmp_path):
     numpy_io = pytest.importorskip("safetensors.numpy")
     numpy_io.save_file({"w": np.ones(3, np.float32)}, tmp_path / "x.qcal", metadata={"format": "np"})

@@ -1,4 +1,4 @@
-"""``qpipe explain``: documentation of registered things, and of decisions."""
+"""``qpipe explain``: what becomes of a model, documentation of registered things, and of decisions."""
 
 from __future__ import annotations
 
@@ -15,9 +15,70 @@ from . import output
 from .options import JSON
 
 
-@click.group("explain", short_help="Explain a scheme, method, target, operator, format, value or plan.")
+class _Group(click.Group):
+    """A group that takes the path of a model for ``model PATH``."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the command that the first word names, or `model` for the name of a file."""
+        is_file = Path(args[0]).suffix == ".onnx" or Path(args[0]).is_file()
+        return super().resolve_command(ctx, ["model", *args] if is_file and args[0] not in self.commands else args)
+
+
+@click.group("explain", cls=_Group, short_help="Explain a model, scheme, method, target, operator, format or value.")
 def command() -> None:
-    """Explain what qpipe knows: schemes, methods, targets, operators, formats, values, and a saved plan."""
+    """Explain a model: ``qpipe explain MODEL [NODE]`` says what becomes an integer kernel, and why not.
+
+    Or what qpipe knows: schemes, methods, targets, operators, formats, values, and a saved plan.
+    """
+
+
+@command.command("model")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("node", required=False)
+@click.option("--target", help="Deployment target; by default the one that the model was made for, else ort-cpu.")
+@click.option("--scheme", help="Of a float model: named scheme that it would be quantized with; w8a8 by default.")
+@click.option("--recipe", type=click.Path(path_type=Path), help="Of a float model: recipe (YAML) instead of a scheme.")
+@click.option("--calib", type=click.Path(path_type=Path), help="Of a float model: statistics of qpipe calibrate.")
+@click.option("--all", "every_node", is_flag=True, help="List every node, instead of groups of alike ones.")
+@JSON
+def model(model: Path, node: str | None, **given: Any) -> None:
+    """Say what the target's runtime makes of MODEL, with evidence: will it fuse?
+
+    A quantized model is handed to the runtime (ONNX Runtime's optimizer, OpenVINO's compiler; documented rules for
+    others), and each node looked up in what comes out. A float model is quantized in memory first.
+    """
+    from ..graph import load
+    from ..stages.explain import explain_float, explain_quantized, is_quantized
+    from .explaining import print_model, print_node
+
+    found = load(model)
+    if is_quantized(found):
+        explanation = explain_quantized(model, given["target"] or found.metadata.get("qpipe.target", "ort-cpu"))
+    else:
+        explanation = explain_float(model, _recipe(given), _statistics(model, given["calib"]))
+    if node is None:
+        print_model(model, explanation, given)
+    else:
+        print_node(model, explanation, node, given)
+
+
+def _recipe(given: dict[str, Any]) -> Any:
+    from ..recipe import load_recipe, make_recipe
+
+    keys = load_recipe(given["recipe"]) if given["recipe"] else {}
+    return make_recipe(**{**keys, **{k: given[k] for k in ("scheme", "target") if given[k]}})
+
+
+def _statistics(model: Path, calib: Path | None) -> Any:
+    if calib is None:
+        return None
+    from ..calibration import identify, load
+
+    calibration = load(calib)
+    calibration.check_model(identify(model), where=str(calib))
+    return calibration
 
 
 @command.command("scheme")

@@ -43,6 +43,7 @@ class Target:
         pair_limit: Largest sum of two neighbouring int8 weights of one sign, for kernels that add two products in 16
             bits; 0 where sums do not saturate.
         passes: Names of the passes (`TARGET_PASSES`) that rewrite what the plan left in float, for speed.
+        evidence: Who is asked what became of a model: a key of `fusion.engines.ENGINES`.
         source: Where the facts come from.
         notes: What a user should know beside.
     """
@@ -69,6 +70,7 @@ class Target:
     opset_ceiling: int = 25
     pair_limit: int = 0
     passes: frozenset[str] = frozenset()
+    evidence: str = "ort"
     source: str = ""
     notes: tuple[str, ...] = ()
 

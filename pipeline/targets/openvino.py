@@ -40,6 +40,7 @@ TARGETS.add(
             "on CPUs with VNNI its weight-only products round activations to 8 bits in groups, unless the session sets "
             "DYNAMIC_QUANTIZATION_GROUP_SIZE to 0",
         ),
+        evidence="openvino",
         source="OpenVINO 2026.4, CPU plugin: its runtime model and capability table as measured",
     ),
 )

@@ -20,6 +20,7 @@ TARGETS.add(
             "outlier": MATRIX_PRODUCTS,
         },
         half_scales=True,
+        evidence="ort-cuda",
         source="microsoft/onnxruntime issues 12229, 24807, 15260 and pull request 21846; not run here",
         notes=("int8 activations gain through the OutlierMatMul plugin only (w8a8-outlier), or with TensorRT",),
     ),

@@ -24,6 +24,7 @@ TARGETS.add(
         refused=dict.fromkeys(qdq_formats(28) - {"int8", "float8_e4m3fn"}, _NARROW),
         scale_formats=frozenset({"float8_e8m0", "float8_e4m3fn"}),
         weight_formats=frozenset({"int8", "int4", "float8_e4m3fn", "float4_e2m1", "nvfp4", "mxfp8_e4m3"}),
+        evidence="tensorrt",
         source="NVIDIA TensorRT 11, Working with Quantized Types and migration guide from version 10; not run here",
         notes=(
             "calibrators and precision flags are gone since version 11: float_type: float16 converts the remainder",

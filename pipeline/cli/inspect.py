@@ -43,7 +43,7 @@ def _model(file: Path, given: dict[str, Any]) -> None:
         f"outputs: {', '.join(facts.outputs)}",
         f"nodes  : {facts.nodes} ({', '.join(f'{op} {n}' for op, n in operators[:12])})",
         f"weights: {facts.parameters:,} parameters, {facts.bits_per_weight:.2f} bits per weight, "
-        f"{facts.file_bytes / 1e6:.1f} MB on disk",
+        f"{_size(facts.file_bytes)} on disk",
         f"memory : {memory_line(facts.memory_by_precision)}",
     ]
     lines += [f"{key}: {value}" for key, value in sorted(facts.metadata.items())]
@@ -63,7 +63,11 @@ def _opsets(opsets: dict[str, int]) -> str:
 
 def memory_line(memory: dict[str, float]) -> str:
     """Return what the weights weigh in each precision, in a line."""
-    return ", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in memory.items())
+    return ", ".join(f"{name} {_size(size)}" for name, size in memory.items())
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _statistics(file: Path, given: dict[str, Any]) -> None:

@@ -204,17 +204,18 @@ def as_data(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     return {"facts": facts(), "outcomes": rows}
 
 
-def write_between_markers(path: Path, text: str) -> None:
-    """Replace what stands between the two markers of a file.
+def write_between_markers(path: Path, text: str, markers: tuple[str, str] = (START, END)) -> None:
+    """Replace what stands between two markers of a file.
 
     Raises:
         ValueError: A marker is not there.
     """
-    before, start, rest = path.read_text(encoding="utf-8").partition(START)
-    _, end, after = rest.partition(END)
+    first, last = markers
+    before, start, rest = path.read_text(encoding="utf-8").partition(first)
+    _, end, after = rest.partition(last)
     if not start or not end:
-        raise ValueError(f"{path} has no {START} ... {END}")
-    path.write_text(f"{before}{START}\n\n{text}\n\n{END}{after}", encoding="utf-8")
+        raise ValueError(f"{path} has no {first} ... {last}")
+    path.write_text(f"{before}{first}\n\n{text}\n\n{last}{after}", encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import ml_dtypes
@@ -19,6 +20,7 @@ from qpipe.calibrate.stats.channel_amax import ChannelAmax
 from qpipe.calibrate.stats.histogram import Histogram
 from qpipe.pipeline import graph
 from qpipe.pipeline.calibration import Calibration, TensorStats
+from qpipe.pipeline.cli import main
 from qpipe.pipeline.html import to_html
 from qpipe.pipeline.inspect import inspect_model, memory_by_precision
 from qpipe.pipeline.inspect_calibration import calibration_report, inspect_calibration, share_clipped
@@ -143,26 +145,43 @@ def test_subgraphs_functions_and_shared_weights_count_once() -> None:
 def test_weights_are_never_read(tmp_path: Path) -> None:
     """The weight is a hole of 8 GiB in a sparse file."""
     rows = 2**21
-    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[rows, 1024], data_location=TensorProto.EXTERNAL)
-    weight.external_data.add(key="location", value="w.bin")
-    weight.external_data.add(key="length", value=str(rows * 4096))
-    with (tmp_path / "w.bin").open("wb") as file:
-        file.truncate(rows * 4096)
-    net = helper.make_graph(
-        [helper.make_node("MatMul", ["x", "w"], ["y"])],
-        "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, rows])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 1024])],
-        [weight],
-    )
-    path = tmp_path / "m.onnx"
-    model = helper.make_model(net, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    path.write_bytes(model.SerializeToString())
+    path = _hollow_model(tmp_path, rows, 1024)
     facts = inspect_model(graph.load(path))
     assert facts.parameters == rows * 1024
     assert facts.data_files == {str(tmp_path / "w.bin"): rows * 4096}
     assert facts.file_bytes == path.stat().st_size + rows * 4096
     assert facts.tensors[0].external == "w.bin"
+
+
+def test_the_command_tells_what_13_billion_parameters_take(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """52 GB of weights, in a file that is one hole."""
+    path = _hollow_model(tmp_path, 130_000, 100_000)
+    assert main(["inspect", str(path)]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory")]
+    assert re.findall(r"[\d.]+ [GM]B", line) == ["52.0 GB", "26.0 GB", "13.0 GB", "6.5 GB"]
+
+
+def _hollow_model(folder: Path, rows: int, columns: int) -> Path:
+    """Write a product with a weight [rows, columns] whose data file is one hole."""
+    size = 4 * rows * columns
+    weight = TensorProto(
+        name="w", data_type=TensorProto.FLOAT, dims=[rows, columns], data_location=TensorProto.EXTERNAL
+    )
+    weight.external_data.add(key="location", value="w.bin")
+    weight.external_data.add(key="length", value=str(size))
+    with (folder / "w.bin").open("wb") as file:
+        file.truncate(size)
+    net = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, rows])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, columns])],
+        [weight],
+    )
+    path = folder / "m.onnx"
+    model = helper.make_model(net, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    path.write_bytes(model.SerializeToString())
+    return path
 
 
 def _calibration() -> tuple[Calibration, dict[str, np.ndarray]]:

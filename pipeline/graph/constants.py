@@ -137,6 +137,23 @@ class FileValues(KeyedValues):
             yield partial(self.source.read, start, min(CHUNK, self.source.length - start))
 
 
+class EmbeddedValues(KeyedValues):
+    """Values that lie somewhere in the bytes of a model file that is in memory."""
+
+    def __init__(self, tensor: TensorProto, data: memoryview) -> None:
+        super().__init__(tensor)
+        self._data = data
+
+    def read(self) -> Array:
+        """Return the values [shape], a read-only view unless the type is packed."""
+        return unpack(self._data, self.tensor)
+
+    def jobs(self) -> Iterator[Job]:
+        """Yield functions that give the bytes, a few megabytes each."""
+        for start in range(0, len(self._data), CHUNK):
+            yield partial(self._data.__getitem__, slice(start, start + CHUNK))
+
+
 class PackedValues(KeyedValues):
     """Values that were packed already, and are kept in memory or in the scratch file."""
 

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError
 from ...calibrate.errors import ModelError, UsageError
 from .checking import check_proto, check_tensor
 from .constants import FileValues, Values
+from .embedded import split
 from .external import DataFolder
 from .importer import adopt
 from .model import Model
@@ -44,23 +45,23 @@ def load(path: str | Path, *, allow_hardlinks: bool = False) -> Model:
         ModelError: The file is no ONNX model, is invalid, or refers to data it must not or cannot use.
     """
     model = Path(path)
-    proto = read_proto(model)
-    weights = resolve(proto, DataFolder(model, allow_hardlinks=allow_hardlinks))
+    data = _read(model)
+    kind = _kind(data)
+    if kind is not None:
+        raise ModelError(f"{model.name} is no ONNX model but {kind[0]}", where=str(model), do=kind[1])
+    folder, parted = DataFolder(model, allow_hardlinks=allow_hardlinks), split(data)
+    proto = _parse(parted.rest, model)
+    weights = resolve(proto, folder)
+    embedded = parted.attach(proto)
+    if embedded is None:
+        proto, embedded = _parse(data, model), {}
+        weights = resolve(proto, folder)
+    weights.update(embedded)
     check_proto(proto, where=str(model))
     return adopt(proto, model.absolute(), weights)
 
 
-def read_proto(path: Path) -> onnx.ModelProto:
-    """Parse a model file, external data untouched.
-
-    Raises:
-        UsageError: As in `load`.
-        ModelError: The bytes are no ONNX model; the message names what they are.
-    """
-    data = _read(path)
-    kind = _kind(data)
-    if kind is not None:
-        raise ModelError(f"{path.name} is no ONNX model but {kind[0]}", where=str(path), do=kind[1])
+def _parse(data: bytes, path: Path) -> onnx.ModelProto:
     proto = onnx.ModelProto()
     try:
         proto.ParseFromString(data)

@@ -42,7 +42,7 @@ def parts(built: Skeleton) -> Iterator[Part]:
     built.fill_in(graph)
     body = graph.SerializeToString(deterministic=True)
     length = len(body) + sum(len(part.head) + (part.values.nbytes if part.values else 0) for part in entries)
-    yield Part(light.SerializeToString(deterministic=True) + _field(_GRAPH, length) + body)
+    yield Part(light.SerializeToString(deterministic=True) + tag_and_length(_GRAPH, length) + body)
     yield from entries
 
 
@@ -50,13 +50,13 @@ def _entry(tensor: onnx.TensorProto, built: Skeleton) -> Part:
     values = built.weights.get(location_of(tensor))
     if values is None:
         data = tensor.SerializeToString(deterministic=True)
-        return Part(_field(_INITIALIZER, len(data)) + data)
-    data = header(tensor).SerializeToString(deterministic=True) + _field(_RAW_DATA, values.nbytes)
-    return Part(_field(_INITIALIZER, len(data) + values.nbytes) + data, values)
+        return Part(tag_and_length(_INITIALIZER, len(data)) + data)
+    data = header(tensor).SerializeToString(deterministic=True) + tag_and_length(_RAW_DATA, values.nbytes)
+    return Part(tag_and_length(_INITIALIZER, len(data) + values.nbytes) + data, values)
 
 
-def _field(number: int, length: int) -> bytes:
-    """Return the tag and the length of a field whose content is so many bytes."""
+def tag_and_length(number: int, length: int) -> bytes:
+    """Return what stands before the content of a field of so many bytes."""
     return _varint(number << 3 | 2) + _varint(length)
 
 

@@ -9,11 +9,10 @@ import onnx_graphsurgeon as gs
 
 from ..calibrate.stats.histogram import Histogram
 from .calibration import Calibration, TensorStats
+from .calibration.moved import MOVES
 from .constants import weight_of
 from .graph import all_graphs
 from .plan import Plan
-
-_MOVES = frozenset({"Identity", "Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze"})
 
 
 def with_moved(graph: gs.Graph, calibration: Calibration) -> Calibration:
@@ -26,7 +25,7 @@ def with_moved(graph: gs.Graph, calibration: Calibration) -> Calibration:
     nodes = [node for inner in all_graphs(graph) for node in inner.nodes]
     writers = Counter(tensor.name for node in nodes for tensor in node.outputs)
     for node in nodes:
-        if node.op not in _MOVES or node.domain or not node.inputs or node.inputs[0].name not in found:
+        if node.op not in MOVES or node.domain or not node.inputs or node.inputs[0].name not in found:
             continue
         if writers[node.outputs[0].name] == 1:
             found.setdefault(node.outputs[0].name, TensorStats(histogram=found[node.inputs[0].name].histogram))

@@ -180,6 +180,7 @@ class HistogramObserver:
         self._sentinel = sentinel
         self._pages: I64 = np.zeros((0, _PAGE), np.int64)
         self._exponents = np.zeros(0, np.intp)  # sign and exponent of each page
+        self._page_of = np.full(BINS // _PAGE, -1, np.int16)  # page of each sign and exponent, -1 for none yet
         self._low_bits = 0
         self._extrema = Extrema()
 
@@ -205,25 +206,33 @@ class HistogramObserver:
 
     def add(self, histogram: Histogram) -> None:
         """Count every value that ``histogram`` has counted."""
-        dense = np.zeros(BINS, np.int64)
-        dense[histogram.ids] = histogram.counts
-        self._add(dense, histogram.finite)
+        exponents = (histogram.ids // _PAGE).astype(np.intp)
+        self._make_pages(np.flatnonzero(np.bincount(exponents)))
+        self._pages[self._page_of[exponents], histogram.ids % _PAGE] += histogram.counts
         self._low_bits |= histogram.low_bits
         self._extrema = self._extrema.merge(histogram.extrema)
 
     def result(self) -> Histogram:
         """Return the statistics so far; the observer can go on."""
-        dense = np.zeros((BINS // _PAGE, _PAGE), np.int64)
-        dense[self._exponents] = self._pages
-        return Histogram.from_dense(dense.reshape(-1), self._low_bits, self._extrema)
+        order = np.argsort(self._exponents)
+        counts = self._pages[order].reshape(-1)
+        ids = (self._exponents[order, None] * _PAGE + np.arange(_PAGE)).reshape(-1)
+        used = np.flatnonzero(counts != 0)  # four times as fast on booleans
+        return Histogram(
+            ids=ids[used].astype(np.uint16), counts=counts[used], low_bits=self._low_bits, extrema=self._extrema
+        )
 
     def _add(self, dense: I64, total: int) -> None:
         table = dense.reshape(-1, _PAGE)
         counts = table[self._exponents]
         if counts.sum() != total:  # a pass over all counters only where some fell outside the pages
-            used = np.flatnonzero(table.any(axis=1))
-            fresh = used[~np.isin(used, self._exponents)]
-            self._exponents = np.concatenate([self._exponents, fresh])
-            self._pages = np.concatenate([self._pages, np.zeros((len(fresh), _PAGE), np.int64)])
+            self._make_pages(np.flatnonzero(table.any(axis=1)))
             counts = table[self._exponents]
         self._pages += counts
+
+    def _make_pages(self, exponents: npt.NDArray[np.intp]) -> None:
+        fresh = exponents[self._page_of[exponents] < 0]
+        if len(fresh):
+            self._page_of[fresh] = len(self._exponents) + np.arange(len(fresh))
+            self._exponents = np.concatenate([self._exponents, fresh])
+            self._pages = np.concatenate([self._pages, np.zeros((len(fresh), _PAGE), np.int64)])

@@ -15,6 +15,7 @@ import onnx
 
 from ... import plugins
 from ...calibrate.errors import PluginError
+from ...calibrate.stats.histogram import Histogram
 from ..data import Batch
 from .job import Job
 from .limits import Known
@@ -45,6 +46,7 @@ class Counters:
         for sentinel, alike in _by_sentinel(sentinels):
             with_channels = [name for name in alike if name in details]
             self._keys |= attach(proto, alike, channels=with_channels, sentinel=sentinel).keys
+        self._with_channels = [name for name in sentinels if name in details]
         weakref.finalize(self, release, list(self._keys.values()))
 
     def run(self, session: onnxruntime.InferenceSession, names: Sequence[str], batch: Batch) -> list[Any]:
@@ -61,6 +63,13 @@ class Counters:
                 histogram, channels = read(self._keys[name], clear=True)
                 found[name] = TensorStats(histogram=histogram, channels=channels)
         return found
+
+    def take_sums(self) -> Stats:
+        """Return the sums per channel since they were last taken; what is no sum stays where it is."""
+        from ...plugins.range_stats.op import take_channels
+
+        sums = {name: take_channels(self._keys[name]) for name in self._with_channels}
+        return {name: TensorStats(histogram=Histogram.empty(), channels=found) for name, found in sums.items()}
 
 
 class CountersOnDevice:
@@ -93,6 +102,10 @@ class CountersOnDevice:
         if self._counters is None or not set(tensors).intersection(self._tensors):
             return {}
         return {name: TensorStats(histogram=histogram) for name, histogram in self._counters.take().items()}
+
+    def take_sums(self) -> Stats:
+        """Return nothing: on a device only histograms are counted."""
+        return {}
 
 
 def counters_of(proto: onnx.ModelProto, job: Job, sentinels: Mapping[str, float]) -> Counters | CountersOnDevice | None:

@@ -86,10 +86,19 @@ class Observers:
         tensors: Names, in the order of the result.
         details: What to collect beside histograms.
         sentinels: Magnitude from which finite values are masks, by tensor.
+        same: Tensors that are not observed because they hold the values of another one, and which.
     """
 
-    def __init__(self, tensors: list[str], details: Mapping[str, Detail], sentinels: Mapping[str, float]) -> None:
-        self._observers = {name: TensorObserver(details.get(name), sentinels[name]) for name in tensors}
+    def __init__(
+        self,
+        tensors: list[str],
+        details: Mapping[str, Detail],
+        sentinels: Mapping[str, float],
+        same: Mapping[str, str],
+    ) -> None:
+        self._tensors = tensors
+        self._same = same
+        self._observers = {n: TensorObserver(details.get(n), sentinels[n]) for n in tensors if n not in same}
 
     def update(self, name: str, x: npt.NDArray[np.generic]) -> None:
         """Observe one tensor of one batch."""
@@ -98,8 +107,11 @@ class Observers:
     def add(self, stats: Stats) -> None:
         """Take over statistics of other observers."""
         for name, one in stats.items():
-            self._observers[name].add(one)
+            if name not in self._same:
+                self._observers[name].add(one)
 
     def result(self) -> Stats:
         """Return all statistics so far."""
-        return {name: observer.result() for name, observer in self._observers.items()}
+        seen = {name: observer.result() for name, observer in self._observers.items()}
+        copies = {name: TensorStats(histogram=seen[source].histogram) for name, source in self._same.items()}
+        return {name: copies[name] if name in copies else seen[name] for name in self._tensors}

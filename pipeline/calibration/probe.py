@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from ..session import SessionExtras, make_session, ort_errors, translate
 from .expose import Exposed, expose
 from .job import Job
 from .limits import survey
+from .moved import moved
 from .native import countable, counters_of
 
 _IN_MEMORY = 3 * 2**29
@@ -43,7 +45,8 @@ class Probe:
         counters: Of the tensors that are counted inside the graph and not yielded; None when there are none.
         not_covered: Tensors that cannot be had, and why.
         lifted: Watched tensors that come out of a body flat: their axes are gone.
-        sentinels: Magnitude from which finite values are masks, by watched tensor.
+        same: Watched tensors that are not had because they hold the values of another one, and which.
+        sentinels: Magnitude from which finite values are masks, by watched tensor that is had.
 
     Raises:
         QpipeError: As `make_session`.
@@ -55,8 +58,10 @@ class Probe:
         own = [entry.name for entry in graph.output]
         # Before the session, which computes what does not depend on the inputs.
         known = survey(built.proto, {}, job.tensor_bytes)
-        inside = countable(built.proto, job, known)
-        exposed = expose(built.proto, job.tensors, inside)
+        self.same = moved(graph, job.tensors, job.details)
+        counted = tuple(name for name in job.tensors if name not in self.same)
+        inside = countable(built.proto, dataclasses.replace(job, tensors=counted), known)
+        exposed = expose(built.proto, job.tensors, {*inside, *self.same})
         self._skeleton = built.proto.SerializeToString()
         self._taken = {entry.name for entry in graph.input}
         self.sentinels = {name: job.sentinel_of(known[name].onnx_type) for name in inside}
@@ -74,6 +79,8 @@ class Probe:
         types = {entry.name: entry.type for entry in self._session.get_outputs()}
         types |= {entry.name: entry.type for entry in self._session.get_inputs()}
         wrong = _without_floats(exposed, types)
+        wrong |= {name: wrong[source] for name, source in self.same.items() if source in wrong}
+        self.same = {name: source for name, source in self.same.items() if name not in wrong}
         self.not_covered = {**exposed.not_covered, **wrong}
         self.lifted = exposed.lifted
         self._inputs = [name for name in exposed.inputs if name not in wrong]
@@ -81,8 +88,8 @@ class Probe:
         self._own = [name for name in own if types[name] in _FLOATS]
         self.watched = [name for name in exposed.order if name not in wrong]
         for name in self.watched:
-            onnx_type = _FLOATS[types[exposed.outputs.get(name, name)]] if name not in self.sentinels else 0
-            self.sentinels.setdefault(name, job.sentinel_of(onnx_type))
+            if name not in self.sentinels and name not in self.same:
+                self.sentinels[name] = job.sentinel_of(_FLOATS[types[exposed.outputs.get(name, name)]])
 
     def run(self, batch: Batch) -> Iterator[tuple[str, npt.NDArray[Any], bool]]:
         """Run the model on a batch and yield its tensors; each is let go before the next.

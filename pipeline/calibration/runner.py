@@ -45,7 +45,7 @@ class Runner:
 
     def observers(self) -> Observers:
         """Return observers that have seen nothing."""
-        return Observers(self.tensors, self._details, self._probe.sentinels)
+        return Observers(self.tensors, self._details, self._probe.sentinels, self._probe.same)
 
     def observe(self, batch: Batch, observers: Observers) -> None:
         """Run one batch and count its activations; `settle` completes the observers.
@@ -93,7 +93,7 @@ class Runner:
             done.result()
         if self._probe.counters is not None:
             # After each run, so that the float sums of all runs are added in one and the same order.
-            observers.add(self._probe.counters.take(self._details))
+            observers.add(self._probe.counters.take_sums())
 
     def _judge_output(self, name: str, array: npt.NDArray[Any]) -> None:
         if self._job.allow_nonfinite:

@@ -158,7 +158,7 @@ std::vector<const OrtCustomOp*> range_stats_cpu_ops() {
 
 extern "C" {
 
-// dense: int64 [65536]; facts: int64 [6] = finite, nan, +inf, -inf, sentinel, low_bits; range: float [2] = lo, hi.
+// Adds to dense: int64 [65536]; sets facts: int64 [6] = finite, nan, +inf, -inf, sentinel, low_bits; range: float [2] = lo, hi.
 // Returns 0, or 1 when no node and no reader ever used the key.
 QPIPE_EXPORT int qpipe_range_stats_read(int64_t key, int64_t* dense, int64_t* facts, float* range) {
     const auto state = qpipe::range_stats::Registry::instance().find(key);
@@ -191,6 +191,10 @@ QPIPE_EXPORT int64_t qpipe_range_stats_channels(int64_t key, int64_t capacity, f
 
 QPIPE_EXPORT void qpipe_range_stats_clear(int64_t key) {
     if (const auto state = qpipe::range_stats::Registry::instance().find(key)) state->clear();
+}
+
+QPIPE_EXPORT void qpipe_range_stats_clear_channels(int64_t key) {
+    if (const auto state = qpipe::range_stats::Registry::instance().find(key)) state->clear_channels();
 }
 
 // Forget the key; a session that still uses it keeps its counters to itself.

@@ -119,6 +119,15 @@ def release(keys: Iterable[int]) -> None:
         lib.qpipe_range_stats_release(key)
 
 
+def take_channels(key: int) -> ChannelAmax | None:
+    """Return the magnitudes per channel that were summed under a key, None when there are none, and clear them only."""
+    lib = _functions()
+    channels = _read_channels(lib, key)
+    if channels is not None:
+        lib.qpipe_range_stats_clear_channels(key)
+    return channels
+
+
 def _read_channels(lib: ctypes.CDLL, key: int) -> ChannelAmax | None:
     count = lib.qpipe_range_stats_channels(key, -1, None, None, None, None)
     if not count:
@@ -143,6 +152,8 @@ def _functions() -> ctypes.CDLL:
     lib.qpipe_range_stats_channels.restype = ctypes.c_int64
     lib.qpipe_range_stats_clear.argtypes = [key]
     lib.qpipe_range_stats_clear.restype = None
+    lib.qpipe_range_stats_clear_channels.argtypes = [key]
+    lib.qpipe_range_stats_clear_channels.restype = None
     lib.qpipe_range_stats_release.argtypes = [key]
     lib.qpipe_range_stats_release.restype = None
     return lib

@@ -79,6 +79,14 @@ QPIPE_CLONES void add_row(const uint32_t* __restrict bits, int64_t channels, uin
     }
 }
 
+constexpr int64_t kPage = 128;  // bins of one sign and exponent; most pages stay empty
+
+bool is_empty(const uint32_t* ways) {
+    uint32_t any = 0;
+    for (int64_t i = 0; i < kPage * kWays; ++i) any |= ways[i];
+    return any == 0;
+}
+
 void* zero_pages(size_t bytes) {
     void* memory = std::calloc(bytes, 1);
     if (memory == nullptr) throw std::bad_alloc();
@@ -102,9 +110,7 @@ void Extrema::merge(const Extrema& other) {
 
 void Table::Free::operator()(void* memory) const { std::free(memory); }
 
-Table::Table()
-    : recent_(static_cast<uint32_t*>(zero_pages(kBins * kWays * sizeof(uint32_t)))),
-      folded_(static_cast<int64_t*>(zero_pages(kBins * sizeof(int64_t)))) {}
+Table::Table() : recent_(static_cast<uint32_t*>(zero_pages(kBins * kWays * sizeof(uint32_t)))) {}
 
 void Table::count(const float* values, int64_t size, float sentinel) {
     for (int64_t first = 0; first < size; first += kChunk) {
@@ -151,31 +157,39 @@ void Table::count_chunk(const float* values, int64_t size, float sentinel) {
 }
 
 void Table::fold() {
-    for (int64_t bin = 0; bin < kBins; ++bin) {
-        uint32_t* ways = recent_.get() + bin * kWays;
-        // Reading a page that was never written costs nothing; writing it would make it real.
-        for (int way = 0; way < kWays; ++way) {
-            if (ways[way] == 0) continue;
-            folded_[static_cast<size_t>(bin)] += ways[way];
-            ways[way] = 0;
+    if (!folded_) folded_.reset(static_cast<int64_t*>(zero_pages(kBins * sizeof(int64_t))));
+    add_recent_to(folded_.get());
+    clear_recent();
+}
+
+void Table::add_recent_to(int64_t* dense) const {
+    for (int64_t page = 0; page < kBins; page += kPage) {
+        const uint32_t* ways = recent_.get() + page * kWays;
+        if (is_empty(ways)) continue;
+        for (int64_t bin = 0; bin < kPage; ++bin) {
+            for (int way = 0; way < kWays; ++way) dense[page + bin] += ways[bin * kWays + way];
         }
+    }
+}
+
+// Writes to pages of memory only that hold something: the others stay the system's one page of zeros.
+void Table::clear_recent() {
+    for (int64_t page = 0; page < kBins; page += kPage) {
+        uint32_t* ways = recent_.get() + page * kWays;
+        if (!is_empty(ways)) std::memset(ways, 0, kPage * kWays * sizeof(uint32_t));
     }
     pending_ = 0;
 }
 
 void Table::add_to(int64_t* dense, Extrema& extrema) const {
-    for (int64_t bin = 0; bin < kBins; ++bin) {
-        int64_t sum = folded_[static_cast<size_t>(bin)];
-        for (int way = 0; way < kWays; ++way) sum += recent_[static_cast<size_t>(bin * kWays + way)];
-        dense[bin] += sum;
-    }
+    add_recent_to(dense);
+    for (int64_t bin = 0; folded_ && bin < kBins; ++bin) dense[bin] += folded_[static_cast<size_t>(bin)];
     extrema.merge(extrema_);
 }
 
 void Table::clear() {
-    recent_.reset(static_cast<uint32_t*>(zero_pages(kBins * kWays * sizeof(uint32_t))));
-    folded_.reset(static_cast<int64_t*>(zero_pages(kBins * sizeof(int64_t))));
-    pending_ = 0;
+    clear_recent();
+    folded_.reset();
     extrema_ = {};
 }
 
@@ -211,7 +225,6 @@ void State::add_channels(const Channels& run) {
 
 void State::read(int64_t* dense, Extrema& extrema) const {
     const std::lock_guard<std::mutex> lock(mutex_);
-    std::fill_n(dense, kBins, 0);
     extrema = {};
     for (const auto& table : tables_) table->add_to(dense, extrema);
 }
@@ -224,6 +237,11 @@ Channels State::channels() const {
 void State::clear() {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (const auto& table : tables_) table->clear();
+    channels_ = {};
+}
+
+void State::clear_channels() {
+    const std::lock_guard<std::mutex> lock(mutex_);
     channels_ = {};
 }
 

@@ -35,12 +35,14 @@ class Table {
   private:
     void count_chunk(const float* values, int64_t size, float sentinel);
     void fold();
+    void add_recent_to(int64_t* dense) const;
+    void clear_recent();
 
     struct Free {
         void operator()(void* memory) const;
     };
     std::unique_ptr<uint32_t[], Free> recent_;  // [kBins][kWays]
-    std::unique_ptr<int64_t[], Free> folded_;   // [kBins]
+    std::unique_ptr<int64_t[], Free> folded_;   // [kBins], null until recent_ had to make room
     int64_t pending_ = 0;                       // values in recent_
     Extrema extrema_;
 };
@@ -74,6 +76,7 @@ class State {
     void read(int64_t* dense, Extrema& extrema) const;
     Channels channels() const;
     void clear();
+    void clear_channels();
 
   private:
     Table& take();

@@ -25,6 +25,8 @@ from .moved import moved
 from .native import countable, counters_of
 
 _IN_MEMORY = 3 * 2**29
+"""Bytes of a model up to which a runtime may hold its weights, packed for its kernels."""
+
 _FLOATS = {
     "tensor(float)": onnx.TensorProto.FLOAT,
     "tensor(float16)": onnx.TensorProto.FLOAT16,
@@ -37,7 +39,7 @@ class Probe:
     """Runs a model and yields the tensors that are watched, one by one.
 
     Args:
-        model: The model; not changed. Weights in data files stay there when the model is large.
+        model: The model; not changed. Weights in data files stay there, and those of a large model are not packed either.
         job: What to watch, and how to run.
 
     Attributes:
@@ -68,12 +70,11 @@ class Probe:
         self.counters = counters_of(built.proto, job, self.sentinels)
         # Threads that wait for the next operator by spinning would take the processor from those that count.
         config = {"session.intra_op.allow_spinning": "0"}
-        folder = _place_weights(built)
+        mapped, folder = built.nbytes > _IN_MEMORY, _place_weights(built)
         if folder is not None:
             config["session.model_external_initializers_file_folder_path"] = str(folder)
         data = built.proto.SerializeToString()
         del built, graph
-        mapped = folder is not None
         extras = SessionExtras(config=config, op_libraries=job.op_libraries, mapped=mapped)
         self._session = make_session(data, exact=mapped, device=job.device, threads=job.threads, extras=extras)
         types = {entry.name: entry.type for entry in self._session.get_outputs()}
@@ -144,17 +145,14 @@ def _without_floats(exposed: Exposed, types: Mapping[str, str]) -> dict[str, str
 
 
 def _place_weights(built: Skeleton) -> Path | None:
-    """Fill the weights in, or leave those of a large model in their files; return the folder of those files."""
-    folder = None
-    if built.nbytes > _IN_MEMORY:
-        outside = [t for t in built.proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
-        weights = [(tensor, built.weights[location_of(tensor)]) for tensor in outside]
-        files = [(tensor, values.source) for tensor, values in weights if isinstance(values, FileValues)]
-        if files:
-            folder = Path(os.path.commonpath([source.path.parent for _, source in files]))
-        for tensor, source in files:
-            path = source.path.relative_to(folder).as_posix()
-            refer(tensor, location=path, offset=source.offset, length=source.length)
+    """Fill the weights in but for those that lie in data files; return the folder of those files, None without any."""
+    outside = [t for t in built.proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    weights = [(tensor, built.weights[location_of(tensor)]) for tensor in outside]
+    files = [(tensor, values.source) for tensor, values in weights if isinstance(values, FileValues)]
+    folder = Path(os.path.commonpath([source.path.parent for _, source in files])) if files else None
+    for tensor, source in files:
+        path = source.path.relative_to(folder).as_posix()
+        refer(tensor, location=path, offset=source.offset, length=source.length)
     built.fill()
     return folder
 

@@ -34,12 +34,15 @@ from ..calibration.runner import Runner
 from ..data.feed import Fingerprint, cut, is_empty, samples_in
 from ..data.signature import to_array
 from ..environment import installed
-from ..graph import EXTERNAL_THRESHOLD, Model, all_graphs, constants, from_proto, load, save, stored_size
+from ..graph import Model, all_graphs, constants, from_proto, load, save, stored_size
 from ..graph.constants import FileValues
 from ..interrupts import Interrupted, StopRequest
 from ..session import load_onnxruntime
 from .floats import float32_twin, without_bfloat16
 from .lower import runnable
+
+_LARGE = 2**28
+"""Bytes of weights that lie in no file from which they are written to one: a runtime would be handed several copies."""
 
 _GROUP = 4  # batches per task of a worker
 _SAVING_SHARE = 0.05  # of the time, at most
@@ -151,9 +154,9 @@ def collect(
     )
     with contextlib.ExitStack() as stack:
         alone = options.workers == 1 and options.cluster is None
-        if not (alone or path) or _in_memory(model) > EXTERNAL_THRESHOLD:
+        if not (alone or path) or _in_memory(model) > _LARGE:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qpipe-model-"))
-            path = str(save(model, Path(folder) / "model.onnx")[-1])
+            path = str(save(model, Path(folder) / "model.onnx", external_threshold=0)[-1])
             model = load(path)
         run = _Run(model, Runner(model, job), options, identity)
         stop = stack.enter_context(StopRequest())

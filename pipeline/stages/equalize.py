@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 from ...calibrate.equalize import EQUALIZERS
 from ...calibrate.errors import DataError
 from ..calibration import Calibration
-from ..constants import weight_of
+from ..constants import Weight, weight_of
 from ..fresh import FreshNames
 from ..graph import constant
 from ..layouts import Layout, layout_of
@@ -31,11 +31,15 @@ Array = npt.NDArray[Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reader:
-    """A layer that reads the tensor, and how its weight lies."""
+    """A layer that reads the tensor, its weight, and how that lies."""
 
     node: gs.Node
+    weight: Weight
     layout: Layout
-    matrix: Array
+
+    def matrix(self) -> Array:
+        """Return the weight [out, in], float32; read from its file each time, for no model is held as a whole."""
+        return self.layout.matrix(np.asarray(self.weight.values(), dtype=np.float32))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,10 +101,8 @@ def _readers(graph: gs.Graph, recipe: Recipe) -> list[tuple[gs.Tensor, list[Read
         weight = weight_of(node.inputs[1])
         if weight is None or len(weight.shape) != 2 or isinstance(node.inputs[0], gs.Constant):
             continue
-        layout = layout_of(node, weight.shape)
-        matrix = layout.matrix(np.asarray(weight.values(), dtype=np.float32))
         entry = found.setdefault(id(node.inputs[0]), (node.inputs[0], []))
-        entry[1].append(Reader(node=node, layout=layout, matrix=matrix))
+        entry[1].append(Reader(node=node, weight=weight, layout=layout_of(node, weight.shape)))
     return list(found.values())
 
 
@@ -125,7 +127,7 @@ def _scale(tensor: str, readers: list[Reader], recipe: Recipe, calibration: Cali
     x_spec = None
     if recipe.activations is not None:
         x_spec = recipe.activations.spec(target.activation_format, target.activation_symmetric)
-    stacked = np.concatenate([reader.matrix for reader in readers])
+    stacked = np.concatenate([reader.matrix() for reader in readers])
     scale = EQUALIZERS.resolve(str(recipe.equalize))(stacked, first.spec(own), stats, x_spec)
     return np.asarray(scale, dtype=np.float32)
 
@@ -136,7 +138,7 @@ def _axes(layout: Layout) -> tuple[int, int]:
 
 def _multiply(reader: Reader, scale: Array, names: FreshNames) -> None:
     old = reader.node.inputs[1]
-    scaled = reader.matrix * scale
+    scaled = reader.matrix() * scale
     values = scaled.T if reader.layout.order[0] == 1 else scaled
     dtype = np.float32 if old.dtype is None else old.dtype
     reader.node.inputs[1] = constant(names(f"{old.name}_equalized"), np.ascontiguousarray(values).astype(dtype))

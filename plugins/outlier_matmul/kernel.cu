@@ -50,6 +50,16 @@ OrtStatus* check_extents(const Extents& e) {
     return nullptr;
 }
 
+// The kernels copy weights 16 bytes at a time; what ONNX Runtime allocates is aligned, what a caller binds may not be.
+OrtStatus* check_alignment(const Tensor (&in)[6]) {
+    for (const Input i : {kWq, kWOutlier}) {
+        if (reinterpret_cast<uintptr_t>(in[i].data) % 16 != 0) {
+            return fail("OutlierMatMul on CUDA: %s has to begin at a multiple of 16 bytes", i == kWq ? "w_q" : "w_outlier");
+        }
+    }
+    return nullptr;
+}
+
 Operands operands(const Tensor (&in)[6], const Extents& e, float limit, void* y, void* counter) {
     Operands op{};
     op.x = in[kX].data;
@@ -80,6 +90,7 @@ class CudaKernel : public Kernel {
         Extents extents{};
         QPIPE_RETURN_IF(read_inputs(context, attributes_, in, extents));
         QPIPE_RETURN_IF(check_extents(extents));
+        QPIPE_RETURN_IF(check_alignment(in));
         void* y = nullptr;
         void* counter = nullptr;
         QPIPE_RETURN_IF(output(context, kY, output_shape(in[kX], extents), y));

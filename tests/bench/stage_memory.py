@@ -34,7 +34,7 @@ ROWS = {
     "quantize static": ("quantize", "{model}", "--calib", "{channels}", "-o", "{static}"),
     "quantize outlier": ("quantize", "{model}", "--scheme", "w8a8-outlier", "--calib", "{channels}", "-o", "{out}"),
     "quantize gptq": ("quantize", "{model}", "--scheme", "w4", "--algorithm", "gptq", *_QCAL, "-o", "{out}"),
-    "smoothquant": ("quantize", "{model}", "--equalize", "smoothquant", "--data", "{data}", "-o", "{out}"),
+    "quantize equalized": ("quantize", "{model}", "--equalize", "smoothquant", "--data", "{data}", "-o", "{out}"),
     "check result": ("check", "{static}"),
     "validate": ("validate", "{model}", "{static}", "--data", "{data}", "--rounds", "1"),
     "validate layers": ("validate", "{model}", "{static}", "--data", "{data}", "--rounds", "0", "--per-layer"),

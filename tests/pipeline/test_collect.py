@@ -357,8 +357,7 @@ def test_weights_of_a_large_model_stay_in_their_file(tmp_path, monkeypatch):
 def test_a_large_model_in_memory_is_run_from_a_file(monkeypatch):
     """One that was converted or equalized has its weights nowhere else, and is no single message any more."""
     monkeypatch.setattr(probe, "_IN_MEMORY", 1000)
-    monkeypatch.setattr("qpipe.pipeline.stages.collect.EXTERNAL_THRESHOLD", 1000)
-    monkeypatch.setattr("qpipe.pipeline.graph.writing.EXTERNAL_THRESHOLD", 1000)
+    monkeypatch.setattr("qpipe.pipeline.stages.collect._LARGE", 1000)
     opened = []
     original = probe.make_session
     monkeypatch.setattr(probe, "make_session", lambda data, **how: opened.append((data, how)) or original(data, **how))

@@ -102,7 +102,7 @@ def main() -> int:
         ]
     print("| kernel | " + " | ".join(f"sm_{a}" for a in ARCHITECTURES) + " |")
     print("|---|" + "---|" * len(ARCHITECTURES))
-    for kernel in sorted({row.kernel for row in rows}):
+    for kernel in sorted({row.kernel for row in rows if not row.is_empty}):
         cells = []
         for architecture in ARCHITECTURES:
             row = next(r for r in rows if (r.kernel, r.architecture) == (kernel, architecture))

@@ -113,6 +113,12 @@ QPIPE_DEVICE void transpose_quad(uint32_t (&w)[4]) {
     }
 }
 
+// Whether rows of Y can be written `bytes` at a time from every multiple of 8 columns on; a caller may bind any memory.
+template <class T>
+QPIPE_DEVICE bool whole_stores(const Operands& op, int bytes) {
+    return (op.n * static_cast<int64_t>(sizeof(T)) | static_cast<int64_t>(reinterpret_cast<uintptr_t>(op.y))) % bytes == 0;
+}
+
 // 16-bit types: four column groups at a time change places within a quad, so that each lane stores 16 bytes.
 template <class T, int kNt>
 QPIPE_DEVICE void store_half_rows(const float* y, int half, const WarpTile& tile, const Operands& op, int64_t row) {
@@ -130,7 +136,7 @@ QPIPE_DEVICE void store_half_rows(const float* y, int half, const WarpTile& tile
         transpose_quad(words);
         const int64_t column = tile.column + (block + quad_lane) * 8;
         if (row >= op.m || !tile.owns(block + quad_lane)) continue;
-        if (op.n % 8 == 0) {
+        if (whole_stores<T>(op, 16)) {
             if (column < op.n) *reinterpret_cast<Bytes16*>(line + column) = {{words[0], words[1], words[2], words[3]}};
             continue;
         }
@@ -152,7 +158,7 @@ QPIPE_DEVICE void store_float_rows(const float* y, int half, const WarpTile& til
         if (!tile.owns(j)) continue;
         const float* pair = y + flat<kNt>(half >> 1, j, (half & 1) * 2);
         const int64_t column = tile.column + j * 8 + accumulator_column(lane, 0);
-        if (op.n % 2 == 0) {
+        if (whole_stores<float>(op, 8)) {
             if (column < op.n) *reinterpret_cast<Bytes8*>(line + column) = {{ptx::float_bits(pair[0]), ptx::float_bits(pair[1])}};
             continue;
         }

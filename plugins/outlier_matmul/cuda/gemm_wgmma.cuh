@@ -157,9 +157,16 @@ QPIPE_DEVICE uint64_t tile_descriptor(uint32_t shared) {
     return ((shared & 0x3ffffu) >> 4) | (uint64_t{1} << 16) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 62);
 }
 
+template <class A, int kSums>
+QPIPE_DEVICE void pin(A (&sums)[kSums]) {
+    QPIPE_UNROLL
+    for (int i = 0; i < kSums; ++i) ptx::wgmma_pin(sums[i]);
+}
+
 // y += kSteps steps of the outlier operands; straight-line, since a loop round wgmma makes the compiler serialize it.
 template <class T, int kSteps, int kSums>
 QPIPE_DEVICE void wgmma_float(float (&y)[kSums], uint64_t x, uint64_t w) {
+    pin(y);
     ptx::wgmma_fence();
     QPIPE_UNROLL
     for (int s = 0; s < kSteps; ++s) {
@@ -172,6 +179,7 @@ QPIPE_DEVICE void wgmma_float(float (&y)[kSums], uint64_t x, uint64_t w) {
     }
     ptx::wgmma_commit();
     ptx::wgmma_wait<0>();
+    pin(y);
 }
 
 template <class T, int kSums>
@@ -203,6 +211,7 @@ struct HopperConsumer {
     // sums += codes of X times codes of W; one stage stays in flight while the next is waited for.
     QPIPE_DEVICE void multiply_codes(int32_t (&sums)[Tile::kSums]) {
         int previous = 0;
+        pin(sums);
         QPIPE_NO_UNROLL
         for (int stage = 0; stage < work.code_stages(); ++stage) {
             ptx::barrier_wait(work.full(at.slot), at.parity);
@@ -221,6 +230,7 @@ struct HopperConsumer {
             at.advance(Tile::kStages);
         }
         ptx::wgmma_wait<0>();
+        pin(sums);
         if (work.code_stages() > 0) release(previous);
     }
 

@@ -62,12 +62,24 @@ cudaError_t allow_shared_memory(const Device& d) {
     return cudaSuccess;
 }
 
+// Empty but for its shared memory, which is there in code made for sm_90a only: so the host sees which code runs here.
+// Version numbers would not do: PTX of sm_80 that the driver compiled for sm_90 counts as sm_90.
+constexpr int kHopperMark = 4096;
+
+template <int kBytes>
+__global__ void hopper_mark() {
+#if defined(QPIPE_HOPPER) && defined(__CUDA_ARCH__)
+    __shared__ unsigned char mark[kBytes];
+    *static_cast<volatile unsigned char*>(mark) = 1;
+#endif
+}
+
 // `prepare` of current_device: kernel attributes are set there, never in a run.
 inline cudaError_t prepare_kernels(Device& d) {
     cudaFuncAttributes facts{};
-    QPIPE_RETURN_IF_CUDA(cudaFuncGetAttributes(&facts, wgmma_kernel<Half>(0).function));
+    QPIPE_RETURN_IF_CUDA(cudaFuncGetAttributes(&facts, reinterpret_cast<const void*>(&hopper_mark<kHopperMark>)));
     // In code for other chips the wgmma kernels are empty, and no kernel waits for an early launch's forerunner.
-    d.wgmma = d.capability == 90 && facts.binaryVersion == 90;
+    d.wgmma = d.capability == 90 && facts.sharedSizeBytes >= kHopperMark;
     QPIPE_RETURN_IF_CUDA(allow_shared_memory<Half>(d));
     QPIPE_RETURN_IF_CUDA(allow_shared_memory<BFloat16>(d));
     return allow_shared_memory<float>(d);

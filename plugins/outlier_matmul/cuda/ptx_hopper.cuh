@@ -109,6 +109,11 @@ QPIPE_DEVICE void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// Accumulators are whole at this place: without it the compiler, which knows nothing of products in flight, may move
+// their initialization behind the fence, or their conversion before the wait.
+QPIPE_DEVICE void wgmma_pin(int32_t& d) { asm volatile("" : "+r"(d)::"memory"); }
+QPIPE_DEVICE void wgmma_pin(float& d) { asm volatile("" : "+f"(d)::"memory"); }
+
 QPIPE_DEVICE void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 QPIPE_DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 

@@ -91,6 +91,8 @@ template <int kRegisters>
 void give_registers() {}
 template <int kRegisters>
 void take_registers() {}
+template <class A>
+void wgmma_pin(A&) {}
 inline void wgmma_fence() {}
 
 inline int warpgroup() { return self().thread / 128; }

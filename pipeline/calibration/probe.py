@@ -39,7 +39,7 @@ class Probe:
     """Runs a model and yields the tensors that are watched, one by one.
 
     Args:
-        model: The model; not changed. Weights in data files stay there, and those of a large model are not packed either.
+        model: The model; not changed. Weights in data files stay there; those of a large model are not packed either.
         job: What to watch, and how to run.
 
     Attributes:

@@ -154,7 +154,7 @@ def collect(
     )
     with contextlib.ExitStack() as stack:
         alone = options.workers == 1 and options.cluster is None
-        if not (alone or path) or _in_memory(model) > _LARGE:
+        if _in_memory(model) > _LARGE if alone else not path:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qpipe-model-"))
             path = str(save(model, Path(folder) / "model.onnx", external_threshold=0)[-1])
             model = load(path)

@@ -30,7 +30,7 @@ FLOATS = frozenset({"FLOAT", "FLOAT16", "BFLOAT16", "DOUBLE"})
 
 INTEGER_OPS = frozenset(
     {"QLinearConv", "QLinearMatMul", "MatMulInteger", "ConvInteger", "DynamicQuantizeLinear", "QGemm", "QAttention"}
-    | {"MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
+    | {"MatMulIntegerToFloat", "DynamicQuantizeMatMul", "DynamicQuantizeLSTM"}
 )
 
 PACKED_OPS = {"MatMulNBits": ("bits", "K", "N"), "MatMulBnb4": (None, "K", "N")}
@@ -235,6 +235,8 @@ def _role_at(node: gs.Node, index: int) -> str:
         return "quantization" if index else "codes"
     if node.op in PACKED_OPS:
         return "quantization" if index > 1 else ""
+    if node.op == "DynamicQuantizeLSTM":
+        return "codes" if index in (1, 2) else "quantization" if index >= 8 else ""
     integer = {"QLinearMatMul": (0, 3), "QLinearConv": (0, 3, 8), "MatMulInteger": (0, 1), "ConvInteger": (0, 1)}
     if node.op in integer:
         return "codes" if index in integer[node.op] else "quantization"

@@ -18,6 +18,8 @@ from ..calibrate.granularity import PER_TENSOR, per_block, per_channel
 from ..calibrate.qarray import QArray, QParams, Spec
 
 Array = npt.NDArray[Any]
+RECURRENT = frozenset({"LSTM", "GRU", "RNN"})
+"""Operators with two weights ``[directions, out, in]``, of the input and of the state."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,8 @@ def layout_of(node: gs.Node, shape: tuple[int, ...]) -> Layout:
     """Return the layout of the weight of a weighted operator.
 
     Args:
-        node: MatMul, Gemm, Conv or ConvTranspose; or the Gather of rows of a table, which count as outputs.
+        node: MatMul, Gemm, Conv, ConvTranspose or a recurrent operator; or the Gather of rows of a table, which count
+            as outputs.
         shape: Shape of its weight as it sees it.
     """
     rank = len(shape)
@@ -90,6 +93,8 @@ def layout_of(node: gs.Node, shape: tuple[int, ...]) -> Layout:
         return Layout(shape=shape, order=(0, *range(2, rank), 1), groups=int(node.attrs.get("group", 1)))
     if node.op == "ConvTranspose":
         return Layout(shape=shape, order=(1, *range(2, rank), 0), groups=int(node.attrs.get("group", 1)))
+    if node.op in RECURRENT:
+        return Layout(shape=shape, order=(1, 0, 2))
     if node.op == "Gather":
         return Layout(shape=shape, order=tuple(range(rank)))
     if node.op == "Gemm" and node.attrs.get("transB", 0):

@@ -44,6 +44,7 @@ class OpRule:
         domain: Domain of the operator, ``""`` for the standard one.
         data: Input slots that hold the numbers to quantize, constants among them; None means all.
         weight: Input slot that may hold a constant weight with scales of its own.
+        further_weights: Input slots of further weights in the same layout, all constant or none quantized.
         bias: Input slot of the bias.
         out_axis: Axis of the weight along the output channels, from the node and the weight's rank.
         in_axis: Axis of the weight that is summed over; blocks run along it.
@@ -57,6 +58,7 @@ class OpRule:
     domain: str = ""
     data: tuple[int, ...] | None = (0,)
     weight: int | None = None
+    further_weights: tuple[int, ...] = ()
     bias: int | None = None
     out_axis: AxisOf = no_axis
     in_axis: AxisOf = no_axis

@@ -10,7 +10,6 @@ _SMOOTH = "smooth nonlinearity between quantized layers; no integer kernel gains
 _REDUCTION = "sums need more bits than the codes have"
 _MASK = "mask and selection arithmetic, whose sentinels must never enter a range"
 _ATTENTION = "products of activations (attention): float keeps their accuracy"
-_RECURRENT = "recurrent: errors of codes add up from step to step, and its kernels take float"
 _CONTROL = "runs its bodies; the nodes inside are decided one by one"
 _PLACES = "gives places or sizes, not values"
 
@@ -64,7 +63,6 @@ add_each(
     "float",
     "no integer kernel gains",
 )
-add_each(("LSTM", "GRU", "RNN"), "float", _RECURRENT)
 add_each(("Attention", "RotaryEmbedding"), "float", _ATTENTION)
 add_each(("If", "Loop", "Scan"), "float", _CONTROL)
 add_each(("ArgMax", "ArgMin", "NonMaxSuppression", "NonZero", "OneHot", "Range", "Shape", "Size"), "float", _PLACES)

@@ -10,13 +10,18 @@ from ...calibrate.errors import RecipeError
 from ...calibrate.formats import FORMATS
 from ...calibrate.granularity import per_channel
 from ...calibrate.qarray import Spec
+from ...calibrate.weights import WEIGHT_METHODS
 from ..constants import Weight, dtype_name, weight_of
-from ..layouts import layout_of
-from ..recipe import Recipe
+from ..layouts import RECURRENT, layout_of
+from ..recipe import Recipe, WeightOptions
 from ..targets import Target
 
 PACKED_BITS = (4, 8)
 """Bits of the integers that MatMulNBits computes with."""
+RECURRENT_STATIC = (
+    "recurrent: errors of fixed scales add up from step to step; as a layer (match: op:LSTM) of the recipe it can have "
+    "a scheme of its own, w8a8-dynamic, or w8 for its weights alone"
+)
 BNB4_BLOCKS = (16, 32, 64, 128, 256)
 """Block sizes that MatMulBnb4 computes with."""
 
@@ -64,6 +69,8 @@ def refused_activations(recipe: Recipe, target: Target) -> str:
 
 def form_of(op: str, recipe: Recipe, target: Target) -> str:
     """Return the form of an operator type under an adapted recipe: the recipe's, or what the target runs best."""
+    if op in RECURRENT and recipe.form in (None, "dynamic"):
+        return "recurrent" if recipe.activations is not None and recipe.activations.dynamic else "qdq"
     if recipe.form is not None:
         return recipe.form
     if recipe.activations is not None:
@@ -80,15 +87,22 @@ def form_of(op: str, recipe: Recipe, target: Target) -> str:
     return "qdq"
 
 
+def algorithm_of(op: str, weights: WeightOptions) -> str:
+    """Return the algorithm of a weight; of the state of a recurrent operator there are no statistics to look at."""
+    return "rtn_mse" if op in RECURRENT and WEIGHT_METHODS.resolve(weights.method).needs else weights.method
+
+
 def no_kernel(op: str, recipe: Recipe, target: Target) -> str:
     """Return why an operator type stays in float on a target whatever its attributes are, ``""`` when it need not."""
     form = form_of(op, recipe, target)
     if form == "qdq" and recipe.activations is not None:
-        return "" if op in target.kernels else f"the target {target.name} has no integer kernel for {op}"
+        without = f"the target {target.name} has no integer kernel for {op}"
+        return "" if op in target.kernels else RECURRENT_STATIC if op in RECURRENT else without
     key = "weights" if form == "qdq" else form
     if op in target.forms.get(key, ()):
         return ""
-    what = {"weights": "weights alone as codes", "dynamic": "scales found at run time"}.get(key, f"the form {key!r}")
+    at_run_time = dict.fromkeys(("dynamic", "recurrent"), "scales found at run time")
+    what = {"weights": "weights alone as codes", **at_run_time}.get(key, f"the form {key!r}")
     return f"the target {target.name} gains nothing from {op} with {what}, or does not run it"
 
 
@@ -100,6 +114,8 @@ def unable(node: gs.Node, weight: Weight, recipe: Recipe, target: Target) -> str
     form = form_of(node.op, recipe, target)
     if form in ("qdq", "outlier"):
         return ""
+    if form == "recurrent":
+        return _unable_recurrent(node, recipe.weights)
     if len(weight.shape) != 2:
         return "its weight is a stack of matrices, and the operator that would replace it takes one"
     scaled = [float(node.attrs.get(name, 1.0)) != 1.0 for name in ("alpha", "beta")]
@@ -114,6 +130,12 @@ def unable(node: gs.Node, weight: Weight, recipe: Recipe, target: Target) -> str
     if form == "bnb4" and (size not in BNB4_BLOCKS or inputs % size):
         return f"MatMulBnb4 needs blocks of {BNB4_BLOCKS} that divide its {inputs} inputs, not of {size}"
     return ""
+
+
+def _unable_recurrent(node: gs.Node, weights: WeightOptions) -> str:
+    if weights.format != "int8" or weights.granularity == "block" or weights.symmetric is False:
+        return "DynamicQuantizeLSTM takes symmetric int8 weights with a scale per channel or tensor"
+    return "its sequences lie batch by batch (layout 1), which no kernel takes" if node.attrs.get("layout", 0) else ""
 
 
 def table(node: gs.Node, recipe: Recipe) -> Spec | None:

@@ -91,7 +91,7 @@ class Context:
         """Return how the weight of a node is stored."""
         recipe, rank = self.recipe_for(node), len(weight.shape)
         assert recipe.weights is not None
-        is_integer_product = self.has_byte_codes(node) or self.form_for(node) == "dynamic"
+        is_integer_product = self.has_byte_codes(node) or self.form_for(node) in ("dynamic", "recurrent")
         pair_limit = self.target.pair_limit if is_integer_product else 0
         block_axis = rule.in_axis(node, rank)
         size = FORMATS.get(recipe.weights.format).block_size or recipe.weights.block_size

@@ -205,6 +205,8 @@ def _weighted(node: gs.Node, rule: OpRule, context: Context, draft: _Draft, regi
     if weight is None or recipe.weights is None:
         return _without_weight(node, rule, context, regions)
     why = choice.unable(node, weight, recipe, context.target)
+    further = {slot: weight_of(node.inputs[slot]) for slot in rule.further_weights}
+    why = why or next((f"its weight {node.inputs[s].name!r} is no constant" for s, w in further.items() if not w), "")
     if why:
         return why
     if context.form_for(node) == "outlier":
@@ -222,7 +224,11 @@ def _weighted(node: gs.Node, rule: OpRule, context: Context, draft: _Draft, regi
     reason = "weight of a quantized operator"
     if context.opset < PER_CHANNEL_OPSET and recipe.weights.granularity == "channel":
         reason += f"; one scale per tensor, for opset {context.opset} has none per channel (qpipe quantize --upgrade)"
-    draft.put_weight(node, rule.weight, spec, reason, (context.form_for(node), recipe.weights.method))
+    how = (context.form_for(node), choice.algorithm_of(node.op, recipe.weights))
+    draft.put_weight(node, rule.weight, spec, reason, how)
+    for slot, other in further.items():
+        assert other is not None
+        draft.put_weight(node, slot, context.weight_spec(node, rule, other), reason, how)
     if rule.bias is not None and rule.bias < len(node.inputs) and weight_of(node.inputs[rule.bias]) is not None:
         _bias(node, rule.bias, context, draft)
     return ""

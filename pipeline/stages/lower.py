@@ -18,7 +18,7 @@ from .context import NARROW_SCALE_OPSET, PER_CHANNEL_OPSET
 from .upgrade import move_opset
 
 BLOCKED_OPSET = 21
-OPSET_OF_FORM = {"dynamic": 11, "nbits": 10, "bnb4": 10, "lookup": 10, "outlier": 15}
+OPSET_OF_FORM = {"dynamic": 11, "nbits": 10, "bnb4": 10, "lookup": 10, "outlier": 15, "recurrent": 10}
 """Opset of the operators of a form that stores codes as plain bytes; others need what their number types need."""
 IR_OF_OPSET = {10: 5, 11: 6, 12: 7, 13: 7, 15: 8, 19: 9, 21: 10, 23: 11, 24: 12, 25: 13}
 """IR version that came with an opset (ONNX, Versioning); a newer one would shut out older runtimes for nothing."""

@@ -29,7 +29,16 @@ from .weights import quantize_weights, settle_global, settle_nonfinite
 
 QUANTIZED_OPS = frozenset(
     {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "MatMulInteger"}
-    | {"ConvInteger", "MatMulNBits", "MatMulBnb4", "OutlierMatMul", "QAttention", "QGemm", "MatMulIntegerToFloat"}
+    | {
+        "ConvInteger",
+        "MatMulNBits",
+        "MatMulBnb4",
+        "OutlierMatMul",
+        "DynamicQuantizeLSTM",
+        "QAttention",
+        "QGemm",
+        "MatMulIntegerToFloat",
+    }
 )
 
 

@@ -29,7 +29,7 @@ class Target:
         int32_bias: Operator types whose integer kernel takes an int32 bias with scale ``s_x * s_w``.
         static_attention: Whether MatMul of two activations is quantized by default.
         forms: Operator types that run in each form other than static Q/DQ: ``weights`` (a DequantizeLinear behind
-            stored codes, activations float), ``dynamic``, ``nbits``, ``bnb4``, ``outlier``.
+            stored codes, activations float), ``dynamic``, ``recurrent``, ``nbits``, ``bnb4``, ``outlier``.
         refused: Format of activations -> why it does not run there; weights in it do.
         emulated: Format of activations -> what really happens to it there.
         weight_formats: Formats of weights that run; empty for all.

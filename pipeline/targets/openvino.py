@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ...calibrate.weights.pairs import PAIR_LIMIT
 from ..cpu import int8_saturates
+from ..layouts import RECURRENT
 from . import PRODUCTS, TARGETS, Target, qdq_formats
 from .portable import COMPUTE, ELEMENTWISE, MOVES
 
@@ -23,7 +24,7 @@ TARGETS.add(
         summary="OpenVINO on CPUs",
         kernels=COMPUTE | ELEMENTWISE | MOVES,
         needs_output=frozenset({"Conv", "ConvTranspose"}),
-        forms={"weights": PRODUCTS},
+        forms={"weights": PRODUCTS | RECURRENT},
         refused={
             "uint16": "it computes wrong values with uint16 activations; int16 is right",
             **dict.fromkeys(("int4", "uint4"), "quantizers of 4 bits crash it"),

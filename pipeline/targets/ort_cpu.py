@@ -11,6 +11,7 @@ from __future__ import annotations
 from ...calibrate.formats.codebook import BNB4_QUANT_TYPE
 from ...calibrate.weights.pairs import PAIR_LIMIT
 from ..cpu import int8_saturates
+from ..layouts import RECURRENT
 from . import MATRIX_PRODUCTS, PRODUCTS, TARGETS, Target, qdq_formats
 from .portable import COMPUTE, ELEMENTWISE, MOVES
 
@@ -35,7 +36,8 @@ def _add(name: str, summary: str, pair_limit: int) -> None:
             needs_output=frozenset({"Conv"}),
             int32_bias=frozenset({"Conv", "Gemm"}),
             forms={
-                "weights": PRODUCTS,
+                "weights": PRODUCTS | RECURRENT,
+                "recurrent": frozenset({"LSTM"}),
                 "dynamic": MATRIX_PRODUCTS,
                 "nbits": MATRIX_PRODUCTS,
                 "bnb4": MATRIX_PRODUCTS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..layouts import RECURRENT
 from . import MATRIX_PRODUCTS, PRODUCTS, TARGETS, Target, qdq_formats
 
 COMPUTE = PRODUCTS
@@ -23,7 +24,7 @@ TARGETS.add(
         int32_bias=frozenset({"Conv", "Gemm"}),
         refused=dict.fromkeys(("float6_e2m3", "float6_e3m2"), "they came with opset 28, which few runtimes read"),
         weight_formats=qdq_formats(25),
-        forms={"weights": PRODUCTS, "dynamic": MATRIX_PRODUCTS, "outlier": MATRIX_PRODUCTS},
+        forms={"weights": PRODUCTS | RECURRENT, "dynamic": MATRIX_PRODUCTS, "outlier": MATRIX_PRODUCTS},
         source="ONNX operators QuantizeLinear, DequantizeLinear, DynamicQuantizeLinear and MatMulInteger",
     ),
 )

@@ -39,7 +39,8 @@ class Case:
 
     def model(self) -> onnx.ModelProto:
         if "{" in self.body:
-            return model(self.body, **self.weights)
+            domains = '"com.microsoft" : 1' if "com.microsoft" in self.body else ""
+            return model(self.body, domains=domains, **self.weights)
         # The operator stands between two convolutions, so that codes come in and are asked for behind it.
         text = f"g (float[2,4,6,6] x) => (float[2,4,H,W] y) {{ h = Conv(x, w)  {self.body}  y = Conv(z, v) }}"
         return model(text, w=normal(4, 4, 1, 1), v=normal(4, 4, 1, 1, seed=1), **self.weights)
@@ -213,6 +214,56 @@ CASES = [
     Case("InstanceNormalization", "z = InstanceNormalization(h, g, g)", "", {"g": normal(4)}),
     Case("CumSum", "z = CumSum(h, a)", "", {"a": np.asarray(3)}),
     Case("Tanh", "z = Tanh(h)"),
+    product(
+        "LSTM",
+        "(float[5,2,6] x) => (float[5,1,2,4] y) { y, h, c = LSTM<hidden_size=4>(x, w, r, b) }",
+        "",
+        w=normal(1, 16, 6) / 3,
+        r=normal(1, 16, 4) / 3,
+        b=normal(1, 32) / 3,
+    ),
+    product(
+        "GRU",
+        "(float[5,2,6] x) => (float[1,2,4] y) { h, y = GRU<hidden_size=4>(x, w, r) }",
+        "",
+        w=normal(1, 12, 6) / 3,
+        r=normal(1, 12, 4) / 3,
+    ),
+    product(
+        "ArgMax",
+        "(float[2,4,6,6] x) => (float[2,4,6,6] y, int64[2,1,6,6] p) { y = Conv(x, w)  p = ArgMax<axis=1>(x) }",
+        "QLinearConv",
+        w=normal(4, 4, 1, 1),
+    ),
+    product(
+        "Attention of ONNX Runtime",
+        "(float[2,5,8] x) => (float[2,5,8] y) { y = com.microsoft.Attention<num_heads=2>(x, w, b) }",
+        "",
+        w=normal(8, 24) / 3,
+        b=normal(24) / 3,
+    ),
+    product(
+        "EmbedLayerNormalization",
+        """(int32[2,5] ids) => (float[2,5,6] y) {
+            e, m = com.microsoft.EmbedLayerNormalization(ids, , words, places, , g, b)  y = MatMul(e, w)
+        }""",
+        "MatMulIntegerToFloat",
+        words=normal(9, 8),
+        places=normal(5, 8),
+        g=normal(8),
+        b=normal(8),
+        w=normal(8, 6),
+    ),
+    product(
+        "EmbeddingBag",
+        """(int64[3,4] ids) => (float[3,6] y) {
+            rows = Gather(table, ids)  sum = ReduceSum<keepdims=0>(rows, axis)  y = MatMul(sum, w)
+        }""",
+        "MatMulIntegerToFloat",
+        table=normal(9, 8),
+        axis=whole(1),
+        w=normal(8, 6),
+    ),
 ]
 
 

@@ -2,50 +2,37 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 from qpipe.pipeline.rules import RULES, rule_of
 
-# The operators of ONNX Runtime's own Q/DQ quantizer (onnxruntime.quantization.registry.QDQRegistry).
-ONNX_RUNTIME = [
-    "Conv",
-    "ConvTranspose",
-    "Gemm",
-    "Clip",
-    "Relu",
-    "Reshape",
-    "Transpose",
-    "Squeeze",
-    "Unsqueeze",
-    "Flatten",
-    "Resize",
-    "MaxPool",
-    "AveragePool",
-    "Slice",
-    "Pad",
-    "MatMul",
-    "Split",
-    "Gather",
-    "GatherElements",
-    "Where",
-    "InstanceNormalization",
-    "LayerNormalization",
-    "BatchNormalization",
-    "TopK",
-    "CumSum",
-]
+REGISTRIES = ("QDQRegistry", "QLinearOpsRegistry", "IntegerOpsRegistry")
+"""ONNX Runtime's own quantizers by operator type: static Q/DQ, static QOperator, dynamic."""
+MICROSOFTS = {"Attention", "EmbedLayerNormalization"}
+"""Those of its own domain."""
 
 
-@pytest.mark.parametrize("op", ONNX_RUNTIME)
-def test_every_operator_of_onnxruntimes_registry_has_a_rule(op: str) -> None:
-    rule = RULES.get(op)
-    assert rule.reason
-
-
-def test_the_list_of_onnxruntime_is_complete() -> None:
+def registered() -> dict[str, set[str]]:
     registry = pytest.importorskip("onnxruntime.quantization.registry")
-    assert sorted(ONNX_RUNTIME) == sorted(registry.QDQRegistry)
+    return {name: set(getattr(registry, name)) for name in REGISTRIES}
+
+
+@pytest.mark.parametrize("name", REGISTRIES)
+def test_every_operator_that_onnxruntime_quantizes_has_a_rule(name: str) -> None:
+    ops = registered()[name]
+    missing = {op for op in ops if (f"com.microsoft::{op}" if op in MICROSOFTS else op) not in RULES}
+    assert len(ops) > 5
+    assert missing == set()
+
+
+@pytest.mark.parametrize("name", REGISTRIES)
+def test_every_operator_that_onnxruntime_quantizes_has_a_model_of_its_own(name: str) -> None:
+    models = (Path(__file__).parents[1] / "conformance" / "test_operators.py").read_text()
+    assert {op for op in registered()[name] if not re.search(rf"\b{op}\b\s*[(<]", models)} == set()
 
 
 def node(op: str, shapes: tuple[tuple[int, ...], ...] = ((2, 3),), domain: str = "", **attrs: object) -> gs.Node:

@@ -15,7 +15,7 @@ from qpipe import plugins
 from qpipe.plugins.outlier_matmul.op import MAX_NEW_OUTLIERS, Packed, padded, quantize_rows
 
 pytestmark = pytest.mark.usefixtures("plugin_library")
-LANES = ("scalar", "avx2", "emulated-vnni", "avxvnni", "avx512vnni")
+LANES = ("scalar", "avx2", "emulated-vnni", "avxvnni", "avx512vnni", "amx")
 DTYPES = list(TYPES)
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -1,4 +1,4 @@
-// Inner loops that all AVX2 lanes share: conversion, quantization, epilogue. Needs AVX2, FMA and F16C.
+// Inner loops that all AVX2 lanes share: conversion and quantization; and the epilogue's vector. Needs AVX2, FMA, F16C.
 #pragma once
 
 #include <immintrin.h>
@@ -75,81 +75,23 @@ namespace {
     }
 }
 
-struct Float32 {
-    using Element = float;
-    static void store(float* y, __m256 value) { _mm256_storeu_ps(y, value); }
-};
-
-struct Float16 {
-    using Element = uint16_t;
-    static void store(uint16_t* y, __m256 value) {
-        const __m128i half = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(y), half);
+struct Ymm {
+    using Type = __m256;
+    static constexpr int64_t kWidth = 8;
+    static constexpr int kRows = 4;  // rows of an epilogue block
+    static Type set1(float v) { return _mm256_set1_ps(v); }
+    static Type load(const float* from) { return _mm256_loadu_ps(from); }
+    static Type to_float(const int32_t* from) {
+        return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    }
+    static Type mul(Type a, Type b) { return _mm256_mul_ps(a, b); }
+    static Type fma(Type a, Type b, Type c) { return _mm256_fmadd_ps(a, b, c); }
+    static void store(float* to, Type v) { _mm256_storeu_ps(to, v); }
+    static void store_half(uint16_t* to, Type v) {
+        const __m128i half = _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(to), half);
     }
 };
-
-struct BFloat16 {
-    using Element = uint16_t;
-    static void store(uint16_t* y, __m256 value) {
-        alignas(32) float lanes[8];
-        _mm256_store_ps(lanes, value);
-        for (int i = 0; i < 8; ++i) y[i] = float_to_bfloat(lanes[i]);
-    }
-};
-
-// Up to 8 elements of y.
-template <class T>
-void store_some(typename T::Element* y, __m256 value, int64_t count) {
-    if (count >= 8) return T::store(y, value);
-    typename T::Element whole[8];
-    T::store(whole, value);
-    for (int64_t i = 0; i < count; ++i) y[i] = whole[i];
-}
-
-// Rows x 16 columns of y.
-template <class T, int Rows>
-void finish_block(const EpilogueTask& task, int64_t m, int64_t n) {
-    __m256 value[Rows][2];
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) {
-        const __m256 x_scale = _mm256_set1_ps(task.x_scale[m + r]);
-        for (int v = 0; v < 2; ++v) {
-            const auto* sums = reinterpret_cast<const __m256i*>(task.sums + (m + r) * task.sums_stride + n + 8 * v);
-            const __m256 scaled = _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_loadu_si256(sums)), x_scale);
-            const __m256 bias = _mm256_loadu_ps(task.bias + n + 8 * v);
-            value[r][v] = _mm256_fmadd_ps(scaled, _mm256_loadu_ps(task.w_scale + n + 8 * v), bias);
-        }
-    }
-    const float* x_outlier = task.x_outlier + m * task.outliers;
-    const float* w_outlier = task.w_outlier + n * task.outliers;
-    for (int64_t o = 0; o < task.outliers; ++o) {
-        const __m256 left = _mm256_loadu_ps(w_outlier + o * 8);
-        const __m256 right = _mm256_loadu_ps(w_outlier + (task.outliers + o) * 8);
-#pragma GCC unroll 4
-        for (int r = 0; r < Rows; ++r) {
-            const __m256 x = _mm256_broadcast_ss(x_outlier + r * task.outliers + o);
-            value[r][0] = _mm256_fmadd_ps(x, left, value[r][0]);
-            value[r][1] = _mm256_fmadd_ps(x, right, value[r][1]);
-        }
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r) {
-        auto* y = static_cast<typename T::Element*>(task.y) + (m + r) * task.y_stride + n;
-        store_some<T>(y, value[r][0], task.columns - n);
-        if (n + 8 < task.columns) store_some<T>(y + 8, value[r][1], task.columns - n - 8);
-    }
-}
-
-template <class T>
-[[maybe_unused]] void epilogue(const EpilogueTask& task) {
-    int64_t m = 0;
-    for (; m + 4 <= task.rows; m += 4) {
-        for (int64_t n = 0; n < task.columns; n += 16) finish_block<T, 4>(task, m, n);
-    }
-    for (; m < task.rows; ++m) {
-        for (int64_t n = 0; n < task.columns; n += 16) finish_block<T, 1>(task, m, n);
-    }
-}
 
 }  // namespace
 }  // namespace qpipe::outlier_matmul

@@ -4,6 +4,7 @@
 
 #if defined(__AVX2__)
 #include "avx2.h"
+#include "epilogue.h"
 
 namespace qpipe::outlier_matmul {
 namespace {
@@ -78,11 +79,12 @@ void dot(const StripTask& t) {
 
 constexpr Lane kLane{"avx2",
                      /*saturates=*/true,
+                     /*depth=*/16,
                      {widen_float, widen_half, widen_bfloat},
                      amax_bits,
                      encode,
-                     dot,
-                     {epilogue<Float32>, epilogue<Float16>, epilogue<BFloat16>}};
+                     each_strip<dot>,
+                     {epilogue<Ymm, float>, epilogue<Ymm, Half>, epilogue<Ymm, BFloat>}};
 
 }  // namespace
 

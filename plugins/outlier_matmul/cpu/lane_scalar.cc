@@ -66,7 +66,7 @@ void epilogue(const EpilogueTask& task) {
         for (int64_t n = 0; n < task.columns; ++n) {
             float value = static_cast<float>(task.sums[m * task.sums_stride + n]) * task.x_scale[m] * task.w_scale[n];
             for (int64_t o = 0; o < task.outliers; ++o) {
-                value += x_outlier[o] * task.w_outlier[(n / 8 * task.outliers + o) * 8 + n % 8];
+                value += x_outlier[o] * task.w_outlier[(n / kStripColumns * task.outliers + o) * kStripColumns + n % kStripColumns];
             }
             store(value + task.bias[n], y + n);
         }
@@ -75,10 +75,11 @@ void epilogue(const EpilogueTask& task) {
 
 constexpr Lane kLane{"scalar",
                      /*saturates=*/false,
+                     /*depth=*/16,
                      {widen_float, widen_words<half_to_float>, widen_words<bfloat_to_float>},
                      amax_bits,
                      encode,
-                     dot,
+                     each_strip<dot>,
                      {epilogue<float>, epilogue<Word<float_to_half>>, epilogue<Word<float_to_bfloat>>}};
 
 }  // namespace

@@ -5,6 +5,7 @@
 #if defined(__AVX2__) && (defined(__AVXVNNI__) || defined(QPIPE_EMULATE_VNNI))
 #include "avx2.h"
 #include "dot_vnni.h"
+#include "epilogue.h"
 
 namespace qpipe::outlier_matmul {
 namespace {
@@ -16,6 +17,7 @@ struct Vector {
     static Type zero() { return _mm256_setzero_si256(); }
     static Type load(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
     static void store(void* to, Type v) { _mm256_storeu_si256(static_cast<__m256i*>(to), v); }
+    static Type add(Type a, Type b) { return _mm256_add_epi32(a, b); }
     static Type sub(Type a, Type b) { return _mm256_sub_epi32(a, b); }
     static Type broadcast(const uint8_t* from) {
         int32_t quad;
@@ -43,11 +45,12 @@ constexpr const char* kName = "avxvnni";
 
 constexpr Lane kLane{kName,
                      /*saturates=*/false,
+                     /*depth=*/16,
                      {widen_float, widen_half, widen_bfloat},
                      amax_bits,
                      encode,
-                     vnni_dot<Vector>,
-                     {epilogue<Float32>, epilogue<Float16>, epilogue<BFloat16>}};
+                     each_strip<vnni_dot<Vector>>,
+                     {epilogue<Ymm, float>, epilogue<Ymm, Half>, epilogue<Ymm, BFloat>}};
 
 }  // namespace
 

@@ -21,19 +21,48 @@ constexpr int64_t kStripColumns = 16;
 constexpr int64_t kQuad = 4;
 constexpr int kSafeSum = 128;
 
-// sums[m][n] = sum_k q[m, k] * w[n, k], exactly.
-struct StripTask {
-    const uint8_t* q;  // [rows, q_stride]
+// Sums of up to `rows` x `strips` * 16 products: sums[m][n] = sum_k q[m, k] * w[n, k], exactly.
+struct TileTask {
+    const uint8_t* q;  // [rows, q_stride], readable for 4 * quads bytes
     int64_t q_stride;
     int64_t rows;
-    const int8_t* strip;
-    const int32_t* order;  // [quads]: first input of each quad
+    int64_t strips;
     int64_t quads;
-    int64_t safe;               // number of safe quads
-    const int32_t* correction;  // [16]: what the 128 added to the codes of safe quads adds to the sums
+    const int8_t* weights;      // [strips][quads][16][4]
+    const int32_t* order;       // [strips][quads]: first input of each quad
+    const int32_t* safe;        // [strips]: number of safe quads
+    const int32_t* correction;  // [strips][16]: what the 128 added to the codes of safe quads adds to the sums
     int32_t* sums;              // [rows, sums_stride], rows aligned to 64 bytes
     int64_t sums_stride;
 };
+
+// One strip of a tile.
+struct StripTask {
+    const uint8_t* q;
+    int64_t q_stride;
+    int64_t rows;
+    const int8_t* strip;
+    const int32_t* order;
+    int64_t quads;
+    int64_t safe;
+    const int32_t* correction;
+    int32_t* sums;
+    int64_t sums_stride;
+};
+
+namespace {  // every lane gets its own copy
+
+inline StripTask strip_of(const TileTask& t, int64_t i) {
+    return {t.q,     t.q_stride, t.rows, t.weights + i * t.quads * kStripColumns * kQuad, t.order + i * t.quads,
+            t.quads, t.safe[i],  t.correction + i * kStripColumns, t.sums + i * kStripColumns, t.sums_stride};
+}
+
+template <void (*Dot)(const StripTask&)>
+[[maybe_unused]] void each_strip(const TileTask& t) {
+    for (int64_t i = 0; i < t.strips; ++i) Dot(strip_of(t, i));
+}
+
+}  // namespace
 
 // From sums to y. All arrays over columns are readable up to the next multiple of 16.
 struct EpilogueTask {
@@ -45,7 +74,7 @@ struct EpilogueTask {
     const float* w_scale;        // [columns]
     const float* bias;           // [columns]
     const float* x_outlier;      // [rows, outliers]
-    const float* w_outlier;      // [blocks of 8 columns][outliers][8]
+    const float* w_outlier;      // [strips][outliers][16]
     int64_t outliers;
     void* y;  // [rows, columns], row stride y_stride, in elements of the lane function's type
     int64_t y_stride;
@@ -54,13 +83,14 @@ struct EpilogueTask {
 struct Lane {
     const char* name;
     bool saturates;  // only safe quads may be multiplied the short way
+    int64_t depth;   // a strip's inputs are padded to a multiple of it
     // Elements to float32, without loss.
     void (*widen[kElementTypes])(const void* x, int64_t count, float* out);
     // Largest magnitude as float bits; infinities and NaN are 0x7f800000 and more.
     uint32_t (*amax_bits)(const float* x, int64_t count);
     // clip(rint(x * inverse), -127, 127) + 128; rint rounds half to even. Writes whole vectors: q is padded to 64.
     void (*encode)(const float* x, int64_t count, float inverse, uint8_t* q);
-    void (*dot)(const StripTask& task);
+    void (*dot)(const TileTask& task);
     void (*epilogue[kElementTypes])(const EpilogueTask& task);
 };
 
@@ -70,6 +100,7 @@ extern const Lane* const kAvx2Lane;
 extern const Lane* const kEmulatedVnniLane;  // VNNI's code on AVX2, for tests where VNNI is missing
 extern const Lane* const kAvxVnniLane;
 extern const Lane* const kAvx512VnniLane;
+extern const Lane* const kAmxLane;
 
 // Lanes that this CPU can run, best first. The last one is always "scalar".
 struct LaneList {

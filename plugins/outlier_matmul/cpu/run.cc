@@ -38,13 +38,13 @@ OrtStatus* parallel(const OrtKernelContext* context, bool serial, size_t total, 
     return api().KernelContext_ParallelFor(context, fn, total, 0, data);
 }
 
-// Four inputs of the columns of a strip, [16][4]; columns beyond the last are 0.
+// Four inputs of the columns of a strip, [16][4]; what lies beyond the last column or input is 0.
 struct Quad {
     int8_t w[kStripColumns * kQuad];
 
     Quad(const int8_t* w_q, int64_t columns, int64_t inputs, int64_t n0, int64_t k) {
         for (int64_t n = 0; n < kStripColumns; ++n) {
-            if (n0 + n < columns) {
+            if (n0 + n < columns && k < inputs) {
                 std::memcpy(w + n * kQuad, w_q + (n0 + n) * inputs + k, kQuad);
             } else {
                 std::memset(w + n * kQuad, 0, kQuad);
@@ -64,17 +64,17 @@ struct Quad {
 };
 
 void make_strips(const int8_t* w_q, int64_t columns, int64_t inputs, bool saturates, Weights& weights) {
-    const int64_t quads = inputs / kQuad, strips = weights.columns / kStripColumns;
-    weights.strips.resize(static_cast<size_t>(weights.columns * inputs));
+    const int64_t quads = weights.depth / kQuad, strips = weights.columns / kStripColumns;
+    weights.strips.resize(static_cast<size_t>(weights.columns * weights.depth));
     weights.order.resize(static_cast<size_t>(strips * quads));
     weights.safe.resize(static_cast<size_t>(strips));
     weights.correction.assign(static_cast<size_t>(weights.columns), 0);
     for (int64_t strip = 0; strip < strips; ++strip) {
         int32_t* correction = weights.correction.data() + strip * kStripColumns;
-        int8_t* packed = weights.strips.data() + strip * kStripColumns * inputs;
+        int8_t* packed = weights.strips.data() + strip * kStripColumns * weights.depth;
         int32_t* order = weights.order.data() + strip * quads;
         int64_t front = 0, back = quads;  // safe quads fill from the front, the others from the back
-        for (int64_t k = 0; k < inputs; k += kQuad) {
+        for (int64_t k = 0; k < weights.depth; k += kQuad) {
             const Quad quad(w_q, columns, inputs, strip * kStripColumns, k);
             const bool safe = !saturates || quad.is_safe();
             const int64_t place = safe ? front++ : --back;
@@ -92,6 +92,7 @@ Weights prepare(const Tensor (&in)[6], const Extents& extents, ElementType type,
     Weights weights;
     const int64_t columns = extents.outputs, outliers = extents.outliers;
     weights.columns = round_up(columns, kStripColumns);
+    weights.depth = round_up(extents.inputs_padded, lane.depth);
     const auto padded = static_cast<size_t>(weights.columns);
     const auto* index = in[kOutlierIndex].as<int32_t>();
     weights.outlier_index.assign(index, index + outliers);
@@ -105,7 +106,8 @@ Weights prepare(const Tensor (&in)[6], const Extents& extents, ElementType type,
         const size_t start = static_cast<size_t>(n * extents.outliers_padded) * element_size(type);
         lane.widen[type](w_outlier + start, outliers, row.data());
         for (int64_t o = 0; o < outliers; ++o) {
-            weights.w_outlier[static_cast<size_t>((n / 8 * outliers + o) * 8 + n % 8)] = row[static_cast<size_t>(o)];
+            const int64_t place = (n / kStripColumns * outliers + o) * kStripColumns + n % kStripColumns;
+            weights.w_outlier[static_cast<size_t>(place)] = row[static_cast<size_t>(o)];
         }
     }
     make_strips(in[kWq].as<int8_t>(), columns, extents.inputs_padded, lane.saturates, weights);
@@ -113,7 +115,7 @@ Weights prepare(const Tensor (&in)[6], const Extents& extents, ElementType type,
 }
 
 // 64 bytes beyond a multiple of 64: rows of a power-of-two length would all fall on the same cache sets.
-int64_t Run::q_stride() const { return round_up(extents.inputs_padded, 64) + 64; }
+int64_t Run::q_stride() const { return round_up(weights.depth, 64) + 64; }
 
 int64_t Run::quantize_tasks() const {
     const int64_t elements = extents.rows * extents.inputs;
@@ -173,7 +175,7 @@ void Run::quantize_row(int64_t m, float* row) {
     }
     const uint32_t bits = lane.amax_bits(row, inputs);
     uint8_t* codes = q + m * q_stride();
-    std::memset(codes + inputs, 0, static_cast<size_t>(extents.inputs_padded - inputs));
+    std::memset(codes + inputs, 0, static_cast<size_t>(weights.depth - inputs));
     if (limit > 0 && from_bits(bits) > limit) {
         x_scale[m] = quantize_with_new_outliers(m, row, bits);
     } else {
@@ -236,14 +238,11 @@ void Run::multiply_task(size_t task) {
 
 void Run::multiply_tile(int64_t strip, int64_t strips, int64_t m0, int64_t rows) {
     alignas(64) int32_t sums[kTileRows * kTileColumns];
-    const int64_t quads = extents.inputs_padded / kQuad, n0 = strip * kStripColumns;
+    const int64_t quads = weights.depth / kQuad, n0 = strip * kStripColumns;
     const int64_t columns = std::min(strips * kStripColumns, extents.outputs - n0);
-    for (int64_t i = 0; i < strips; ++i) {
-        const int64_t n = n0 + i * kStripColumns;
-        lane.dot({q + m0 * q_stride(), q_stride(), rows, weights.strips.data() + n * extents.inputs_padded,
-                  weights.order.data() + (strip + i) * quads, quads, weights.safe[static_cast<size_t>(strip + i)],
-                  weights.correction.data() + n, sums + i * kStripColumns, kTileColumns});
-    }
+    lane.dot({q + m0 * q_stride(), q_stride(), rows, strips, quads, weights.strips.data() + n0 * weights.depth,
+              weights.order.data() + strip * quads, weights.safe.data() + strip, weights.correction.data() + n0, sums,
+              kTileColumns});
     for (int64_t m = 0; m < rows && limit > 0; ++m) add_high_digits(m0 + m, n0, columns, sums + m * kTileColumns);
     char* target = static_cast<char*>(y) + static_cast<size_t>(m0 * extents.outputs + n0) * element_size(type);
     lane.epilogue[type]({sums, kTileColumns, rows, columns, x_scale + m0, weights.w_scale.data() + n0, bias + n0,

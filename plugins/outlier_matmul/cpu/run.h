@@ -15,13 +15,14 @@ namespace qpipe::outlier_matmul {
 struct Weights {
     std::vector<int32_t> outlier_index;  // [O]
     std::vector<float> w_scale;          // [N]
-    std::vector<float> w_outlier;        // [blocks of 8 columns][O][8], float32
+    std::vector<float> w_outlier;        // [N / 16][O][16], float32
     std::vector<float> no_bias;          // [N] zeros
     std::vector<int8_t> strips;          // [N / 16][quads][16][4]; see lanes.h
     std::vector<int32_t> order;          // [N / 16][quads]
     std::vector<int32_t> safe;           // [N / 16]
     std::vector<int32_t> correction;     // [N]
     int64_t columns = 0;                 // N padded
+    int64_t depth = 0;                   // K padded as the lane wants it
 };
 
 Weights prepare(const Tensor (&in)[6], const Extents& extents, ElementType type, const Lane& lane);

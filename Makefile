@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 ONNXRUNTIME ?= onnxruntime-gpu==1.31.1
 WORKERS ?= 2
 
-.PHONY: demo test lint types unit plugin plugin-headers bench clean
+.PHONY: demo test lint types unit plugin plugin-headers wheel bench clean
 
 demo: $(VENV)/.installed
 	$(BIN)/qpipe demo
@@ -31,6 +31,11 @@ plugin: $(VENV)/.installed plugin-headers
 
 plugin-headers:
 	sh plugins/fetch_headers.sh
+
+# A wheel with the plugin library of this machine inside; its tag names the platform.
+wheel: plugin
+	$(PIP) wheel --quiet --no-deps --wheel-dir dist \
+	  --config-settings=--build-option=--plat-name=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_platform())') .
 
 bench: $(VENV)/.tested
 	for program in tests/bench/*.py; do $(BIN)/python $$program || exit 1; done

@@ -1,17 +1,22 @@
 """OutlierMatMul on the CPU against ONNX Runtime's own float32 MatMul and DynamicQuantizeMatMul, in one run.
 
-    python tests/bench/outlier_matmul.py [--threads 2] [--rows 1 8 64 512] [--shapes 4096x4096] [--clock cpu] [--json]
+    python tests/bench/outlier_matmul.py [--threads 2] [--rows 1 8 64 512] [--shapes 4096x4096] [--lane avx2]
+        [--clock cpu] [--json]
 
 Every cell is a ratio of times, float32 MatMul = 1.0, larger is faster. The candidates of one cell are timed in turn,
 round after round, so that a change of clock speed or a neighbour's load falls on all of them; a cell is the median.
 Products of few rows stand several times in one graph, each with weights of its own, where the weights are small: one
 call of a session from Python costs as much as one of them.
+
+``--lane`` forces the plugin's instruction set. ONNX Runtime's cannot be forced: with a lower lane than it takes itself
+the ratios say how lanes compare, not how libraries do.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -75,7 +80,7 @@ def candidates(inputs: int, outputs: int, threads: int, *, few_rows: bool) -> li
         "DynamicQuantize": [dynamic_quantize(w) for w in weights],
     }
     for outliers in OUTLIERS:
-        index = np.linspace(0, inputs - 1, outliers).astype(int)
+        index = np.linspace(0, inputs - 1, min(outliers, inputs)).astype(int)
         copies[f"O={outliers}"] = [(OP_TYPE, DOMAIN, pack(w, index, np.float32).inputs()) for w in weights]
     return [Candidate(name, session(nodes, inputs, threads)) for name, nodes in copies.items()]
 
@@ -104,6 +109,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
     parser.add_argument("--shapes", nargs="+", default=[f"{k}x{n}" for k, n in SHAPES], metavar="KxN")
+    parser.add_argument("--lane", help="instruction set of the plugin; qpipe plugin info lists those of this CPU")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: processor time of all threads")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
@@ -112,6 +118,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure every cell and print the table."""
     arguments = parse()
+    if arguments.lane:
+        os.environ["QPIPE_LANE"] = arguments.lane
+    lane = os.environ.get("QPIPE_LANE") or plugins.info()["lanes"][0]
     results = []
     for shape in arguments.shapes:
         inputs, outputs = (int(part) for part in shape.split("x"))
@@ -123,19 +132,18 @@ def main() -> None:
             micros = measure(items, rows, inputs, CLOCKS[arguments.clock])
             results.append({"K": inputs, "N": outputs, "M": rows, "microseconds": micros})
             if not arguments.json:
-                report(results[-1], first=len(results) == 1)
+                report(results[-1], lane if len(results) == 1 else "")
     if arguments.json:
-        facts = {"plugin": plugins.info(), "onnxruntime": ort.__version__, "threads": arguments.threads}
+        facts = {"plugin": plugins.info(), "onnxruntime": ort.__version__, "threads": arguments.threads, "lane": lane}
         print(json.dumps({**facts, "clock": arguments.clock, "cells": results}))
 
 
-def report(cell: dict, *, first: bool) -> None:
+def report(cell: dict, heading: str) -> None:
     micros = cell["microseconds"]
     names = list(micros)[1:]
-    if first:
-        print(
-            f"{'K x N':>12} {'M':>4} {'MatMul us':>10}  " + "".join(f"{name:>16}" for name in names) + "   O=64 / O=0"
-        )
+    if heading:
+        print(f"float32 MatMul = 1.0, larger is faster; OutlierMatMul's lane: {heading}")
+        print(f"{'K x N':>12} {'M':>4} {'MatMul us':>10}  " + "".join(f"{n:>16}" for n in names) + "   O=64 / O=0")
     ratios = "".join(f"{micros['MatMul'] / micros[name]:16.2f}" for name in names)
     cost = micros["O=64"] / micros["O=0"]
     print(

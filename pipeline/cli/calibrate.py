@@ -9,7 +9,7 @@ import click
 
 from ...calibrate.errors import UsageError
 from . import output
-from .options import CUSTOM_OPS, DEVICE, FORCE, HARDLINKS, INLINE, JSON, QUIET, UPGRADE, data_options
+from .options import CUSTOM_OPS, DEVICE, FORCE, HARDLINKS, INLINE, JSON, MAX_MEMORY, QUIET, UPGRADE, data_options
 
 if TYPE_CHECKING:
     from ..calibration import Calibration
@@ -41,7 +41,7 @@ FORMS = ("ort-json", "ort-flatbuffers", "ort-text", "trt-cache")
     type=click.FloatRange(min=0, min_open=True),
     help="Magnitude from which values are masks, in no range.  [default: 1e30; 6e4 for float16]",
 )
-@click.option("--max-memory", type=click.IntRange(min=1), metavar="BYTES", help="Refuse larger tensors.")
+@MAX_MEMORY
 @click.option("--emit", multiple=True, type=click.Choice(FORMS), help="Also write a table for another tool.")
 @click.option("--method", default="minmax", show_default=True, help="Method of the ranges that --emit writes.")
 @UPGRADE

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import click
 
@@ -21,6 +22,34 @@ OUTPUT = click.option(
 FORCE = click.option("--force", is_flag=True, help="Replace existing files.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")
 QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress.")
+
+
+class Bytes(click.ParamType):
+    """A number of bytes: ``1048576``, ``1024KiB``, ``1.5GiB``, ``2GB``."""
+
+    name = "bytes"
+    _UNITS: ClassVar[dict[str, int]] = {
+        "": 1,
+        **{f"{unit}iB": 1024**i for i, unit in enumerate("KMGT", 1)},
+        **{f"{unit}B": 1000**i for i, unit in enumerate("KMGT", 1)},
+    }
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Return the number of bytes that was written."""
+        units = {unit.lower(): size for unit, size in self._UNITS.items()}
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(value).lower())
+        size = int(float(found[1]) * units[found[2]]) if found and found[2] in units else 0
+        if size < 1:
+            self.fail(f"{value!r} is no number of bytes; write 8GiB, 500MB or 1048576", param, ctx)
+        return size
+
+
+MAX_MEMORY = click.option(
+    "--max-memory",
+    type=Bytes(),
+    metavar="SIZE",
+    help="Refuse a model that makes a tensor of more (8GiB, 500MB) while it runs; else, more than the machine has.",
+)
 DEVICE = click.option(
     "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Where the model runs."
 )

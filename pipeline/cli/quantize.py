@@ -12,7 +12,7 @@ import click
 
 from ...calibrate.errors import ThresholdError, UsageError
 from . import output
-from .options import CUSTOM_OPS, DEVICE, FORCE, HARDLINKS, INLINE, JSON, MODEL, QUIET, UPGRADE, data_options
+from .options import CUSTOM_OPS, DEVICE, FORCE, HARDLINKS, INLINE, JSON, MAX_MEMORY, MODEL, QUIET, UPGRADE, data_options
 
 if TYPE_CHECKING:
     from ..calibration import Calibration
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 @CUSTOM_OPS
 @click.option("--skip-nonfinite", is_flag=True, help="Leave layers whose weights are not finite in float.")
 @click.option("--requantize", is_flag=True, help="Accept a model that is quantized in part.")
+@MAX_MEMORY
 @click.option("--calib-by-name", is_flag=True, help="Accept statistics of another model, matched by tensor names.")
 @click.option("--require-quantized", is_flag=True, help="Write nothing and give exit code 1 when nothing is quantized.")
 @HARDLINKS

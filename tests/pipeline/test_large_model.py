@@ -21,6 +21,7 @@ from qpipe.calibrate.errors import WriteError
 from qpipe.calibrate.weights import WEIGHT_METHODS
 from qpipe.pipeline import graph
 from qpipe.pipeline.cli import main
+from qpipe.pipeline.cli.options import Bytes
 from qpipe.pipeline.graph import writing
 from qpipe.pipeline.layouts import layout_of
 from qpipe.pipeline.recipe import make_recipe
@@ -252,6 +253,46 @@ def test_weights_that_need_not_be_read_are_not(
     path = write_model(tmp_path / "m.onnx", [(2**19, 2**19)], seed=None)
     assert main([command[0], str(path), *command[1:], "--json"]) == 0
     assert json.loads(capfd.readouterr().out)["schema_version"] == 1
+
+
+BOMB = """<ir_version: 10, opset_import: ["": 21]> g (float[N,4] x) => (float[N,4] y) {
+    big = ConstantOfShape (shape)
+    total = ReduceSum (big)
+    y = Add (total, x)
+}"""
+
+
+def bomb(folder: Path) -> Path:
+    """A model whose shape, known before it runs, asks for 256 GiB; and data for it."""
+    model = onnx.parser.parse_model(BOMB)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([2**18, 2**18], np.int64), "shape"))
+    onnx.save(model, folder / "bomb.onnx")
+    np.savez(folder / "data.npz", x=np.ones((2, 4), np.float32))
+    return folder / "bomb.onnx"
+
+
+@pytest.mark.parametrize("command", ["calibrate", "quantize"])
+def test_a_model_that_asks_for_too_much_is_refused_before_it_runs(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], command: str
+) -> None:
+    pytest.importorskip("onnxruntime")
+    arguments = ["--data", str(tmp_path / "data.npz"), "-o", str(tmp_path / "out"), "--max-memory", "64GiB", "-q"]
+    assert main([command, str(bomb(tmp_path)), *arguments]) == 3
+    told = capfd.readouterr().err
+    assert "256 GiB" in told
+    assert "ConstantOfShape" in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["much", "-1", "0", "8 giraffes", "1e9"])
+def test_a_size_that_is_none_is_usage(tmp_path: Path, capfd: pytest.CaptureFixture[str], text: str) -> None:
+    assert main(["calibrate", str(bomb(tmp_path)), "-o", str(tmp_path / "out"), "--max-memory", text]) == 2
+    assert "8GiB" in capfd.readouterr().err
+
+
+def test_sizes_are_read_as_they_are_written() -> None:
+    written = {"1048576": 2**20, "1KiB": 1024, "1.5 GiB": 3 * 2**29, "2GB": 2 * 10**9, "500mb": 5 * 10**8}
+    assert {text: Bytes().convert(text, None, None) for text in written} == written
 
 
 def test_a_tensor_that_would_be_far_too_large_when_computed_is_left_alone(tmp_path: Path) -> None:

@@ -28,6 +28,16 @@ NAME = "libqpipe_ops.so"
 BUILD_LINE = "qpipe plugin build"
 OLDEST_ONNXRUNTIME = (1, 18)
 PATH_VARIABLE = "QPIPE_PLUGIN"
+ENTRY_POINTS = (
+    "RegisterCustomOps",
+    "qpipe_info",
+    "qpipe_range_stats_channels",
+    "qpipe_range_stats_clear",
+    "qpipe_range_stats_clear_channels",
+    "qpipe_range_stats_read",
+    "qpipe_range_stats_release",
+)
+"""Everything that the library exports. One that lacks some was built from other sources than these."""
 
 _SOURCE = Path(__file__).resolve().parent
 _ELF_HEADER = struct.Struct("<40xQ10xHH2x")  # e_shoff, e_shentsize, e_shnum of a 64-bit file
@@ -180,13 +190,15 @@ def _load(path: Path) -> ctypes.CDLL:
     try:
         _check_whole(path)
         loaded = ctypes.CDLL(str(path))
+        for name in ENTRY_POINTS:
+            getattr(loaded, name)
         loaded.qpipe_info.restype = ctypes.c_char_p
     except (OSError, AttributeError) as error:
         raise PluginError(
             "the plugin library does not load",
             where=str(path),
             found=str(error),
-            expected=f"a library built for {platform.machine()} {sys.platform}",
+            expected=f"a library built for {platform.machine()} {sys.platform} from the sources of this qpipe",
             do=BUILD_LINE,
         ) from error
     return loaded

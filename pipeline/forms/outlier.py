@@ -75,10 +75,9 @@ def take_bias(node: gs.Node, outputs: int) -> tuple[npt.NDArray[Any] | None, gs.
     if bias is not None or follower is None or follower.op != "Add":
         return bias, output
     other = follower.inputs[1] if follower.inputs[0] is output else follower.inputs[0]
-    found = _vector(other, outputs)
-    if found is None:
+    found, result = _vector(other, outputs), follower.outputs[0]
+    if found is None or (weight_of(other).shape != (outputs,) and not _is_matrix(output)):  # type: ignore[union-attr]
         return None, output
-    result = follower.outputs[0]
     follower.inputs.clear()
     follower.outputs.clear()
     return found, result
@@ -89,6 +88,11 @@ def _vector(tensor: gs.Tensor, size: int) -> npt.NDArray[Any] | None:
     if constant is None or constant.shape not in ((size,), (1, size)):
         return None
     return np.asarray(constant.values()).reshape(size)
+
+
+def _is_matrix(tensor: gs.Tensor) -> bool:
+    """Whether a tensor is known to have two dimensions or more: a row [1, N] then adds none to it."""
+    return tensor.shape is not None and len(tensor.shape) >= 2
 
 
 def onnx_type(array: npt.NDArray[Any]) -> str:

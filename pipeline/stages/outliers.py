@@ -22,8 +22,9 @@ def unable(node: gs.Node, weight: Weight, options: OutlierOptions) -> str:
         return "a Gemm that scales or transposes its input has no OutlierMatMul form"
     if node.op == "Gemm" and len(node.inputs) > 2 and not node.inputs[2].is_empty():
         bias = weight_of(node.inputs[2])
-        if bias is None or len(bias.shape) != 1:
-            return "its bias is no constant vector"
+        outputs = weight.shape[0] if node.attrs.get("transB", 0) else weight.shape[1]
+        if bias is None or bias.shape not in ((outputs,), (1, outputs)):
+            return "its bias is no constant vector with one value per output"
     if dtype_name(node.inputs[0]) not in {t.name for t in X_TYPES}:
         return f"OutlierMatMul takes no {dtype_name(node.inputs[0])} activations"
     depth = weight.shape[1] if node.op == "Gemm" and node.attrs.get("transB", 0) else weight.shape[0]

@@ -173,6 +173,29 @@ def test_a_new_outlier_at_run_time_is_counted_and_does_not_ruin_its_row() -> Non
     assert int(make_session(counted).run([met], surprise)[0]) == 1
 
 
+@pytest.mark.parametrize("shape", [(80,), (1, 80), (1,), (3, 1), (3, 80), ()])
+def test_the_bias_of_a_gemm_is_kept_whatever_its_shape(shape: tuple[int, ...]) -> None:
+    body = "g (float[3,96] x) => (float[3,80] y) { y = Gemm(x, w, b) }"
+    proto = model(body, w=normal(96, 80) * 0.1, b=(5 + normal(*shape)).astype(np.float32))
+    batches = [{"x": normal(3, 96, seed=i)} for i in range(3)]
+    done = outlier(proto, batches)
+    assert ("OutlierMatMul" in done.ops()) == (shape in ((80,), (1, 80)))
+    assert error(done, batches[0]) < 0.02
+
+
+@pytest.mark.parametrize("shape", [(80,), (1, 80), (1, 1, 80), (1,)])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_an_addition_keeps_the_shape_that_it_makes(shape: tuple[int, ...], rank: int) -> None:
+    inputs, outputs = [("3,96", "3,80"), ("96", "80")][rank % 2]
+    made = np.broadcast_shapes(tuple(map(int, outputs.split(","))), shape)
+    body = f"g (float[{inputs}] x) => (float[{','.join(map(str, made))}] y) {{ m = MatMul(x, w)  y = Add(m, b) }}"
+    proto = model(body, w=normal(96, 80) * 0.1, b=(5 + normal(*shape)).astype(np.float32))
+    batches = [{"x": normal(*map(int, inputs.split(",")), seed=i)} for i in range(3)]
+    done = outlier(proto, batches)
+    assert run(done.proto, batches[0])[0].shape == made
+    assert error(done, batches[0]) < 0.02
+
+
 REFUSED = {
     "depth": ("g (float[N,32] x) => (float[N,8] y) { y = MatMul(x, w) }", {"w": normal(32, 8)}, "only 32 inputs"),
     "scaled": (

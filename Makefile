@@ -40,6 +40,11 @@ wheel: plugin
 bench: $(VENV)/.tested
 	for program in tests/bench/*.py; do $(BIN)/python $$program || exit 1; done
 
+readme: plugin $(VENV)/.tested
+	$(BIN)/python tests/bench/demo.py --write README.md
+	$(BIN)/python tests/bench/schemes.py --write README.md
+	$(BIN)/python tests/conformance/capabilities.py --write README.md
+
 $(VENV)/.installed: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet '$(TORCH)'

@@ -1,6 +1,6 @@
 """The table that ``qpipe demo`` prints, for the README.
 
-    python tests/bench/demo.py [--write README.md]
+python tests/bench/demo.py [--write README.md]
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ from google.protobuf.message import DecodeError, EncodeError
 from ...calibrate.errors import ModelError
 from ..data import Batch
 
-_HEADROOM = 2**30
+INFERENCE_BYTES = 2**30
+"""What shape inference may take beyond what the process holds; for honest models it is megabytes."""
 
 
 class Known(NamedTuple):
@@ -49,12 +50,12 @@ def survey(proto: onnx.ModelProto, batch: Batch, limit: int) -> dict[str, Known]
     found: dict[str, Known] = {}
     for follow_values in (False, True):
         try:
-            with headroom(_HEADROOM):
+            with headroom(INFERENCE_BYTES):
                 inferred = onnx.shape_inference.infer_shapes(sized, data_prop=follow_values).graph
         except MemoryError as error:
             raise ModelError(
                 "a tensor of the model is too large even to work out its shape",
-                found=f"shape inference that needs over {_HEADROOM / 2**30:.3g} GiB",
+                found=f"shape inference that needs over {INFERENCE_BYTES / 2**30:.3g} GiB",
                 do="look at the nodes that compute shapes: ConstantOfShape, Expand, Range",
             ) from error
         except (onnx.shape_inference.InferenceError, EncodeError, DecodeError):

@@ -7,6 +7,7 @@ import onnx_graphsurgeon as gs
 from onnx import GraphProto, TypeProto
 
 from ...calibrate.errors import ModelError
+from ..calibration.limits import INFERENCE_BYTES, headroom
 from ..fresh import FreshNames
 from ..graph import Model, all_graphs, check
 from ..graph.exporter import skeleton
@@ -60,7 +61,7 @@ def infer_types(model: Model) -> None:
     if not any(_is_open(t) for inner in all_graphs(model.graph) for n in inner.nodes for t in n.outputs):
         return
     try:
-        inferred = onnx.shape_inference.infer_shapes(skeleton(model).proto, data_prop=True)
+        inferred = _inferred(skeleton(model).proto)
     except (onnx.shape_inference.InferenceError, ValueError) as error:
         raise ModelError(
             "the types of the model's tensors cannot be inferred",
@@ -71,6 +72,15 @@ def infer_types(model: Model) -> None:
     _take_types(inferred.graph, model.graph)
     for graph in all_graphs(model.graph):
         _complete_types(graph)
+
+
+def _inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """Return ``proto`` with what can be inferred; following computed shapes may not take any amount of memory."""
+    try:
+        with headroom(INFERENCE_BYTES):
+            return onnx.shape_inference.infer_shapes(proto, data_prop=True)
+    except MemoryError:
+        return onnx.shape_inference.infer_shapes(proto)
 
 
 def _is_open(tensor: gs.Tensor) -> bool:

@@ -8,6 +8,9 @@ The result is the same in float32: the largest score of a row contributes 1 to t
 probability ``p`` of a row of ``n`` scores becomes ``p'`` with ``|p' - p| <= n exp(-60)``, which is below ``2^-48`` for
 every ``n`` up to 10^11. Rows that are masked as a whole stay as they are: their largest score is the mask itself.
 
+It costs two more passes over the scores, which a batch without padding pays for nothing, and saves several times that
+where scores are masked: in padded batches, and always in causal attention.
+
 Source: ONNX Runtime 1.31, MlasComputeSoftmax (lower range of its exponential); `tests/bench/fusion.py` measures it.
 """
 

@@ -60,7 +60,7 @@ def _add(name: str, summary: str, pair_limit: int) -> None:
             source="ONNX Runtime 1.31, CPU provider: its optimized graphs and capability table as measured",
             notes=(
                 "float16 saves memory there, not time: most operators are computed in float32 between casts",
-                "attention stays as exported: MultiHeadAttention is no faster there, Attention slower where keys are masked",
+                "attention stays as exported: MultiHeadAttention is no faster, Attention slower with masked keys",
                 "ConvInteger takes as long as a float Conv or longer, so dynamic schemes leave Conv in float",
             ),
         ),

@@ -34,7 +34,7 @@ from qpipe.pipeline.fusion import ort
 from qpipe.pipeline.ordering import sort_nodes
 from qpipe.pipeline.passes import TARGET_PASSES
 from qpipe.pipeline.session import make_session
-from qpipe.pipeline.stages.prepare import prepare
+from qpipe.pipeline.stages.prepare import infer_types, prepare
 
 CONFIGS: dict[str, Callable[[Subject, Path], None]] = {
     "quantize_static": ort_static,
@@ -91,6 +91,7 @@ def with_single_passes(path: Path) -> dict[str, Path]:
     found = {}
     for name, run in TARGET_PASSES.items():
         model = graph.load(path)
+        infer_types(model)
         if not run(model.graph, FreshNames(model.graph)):
             continue
         model.graph.cleanup(remove_unused_graph_inputs=False)

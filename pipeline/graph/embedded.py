@@ -16,8 +16,10 @@ import onnx
 
 from .constants import EmbeddedValues, Values
 from .protos import byte_size, header, refer
-from .scratch import LARGE
 from .wire import tag_and_length
+
+LARGE = 2**16
+"""Bytes from which on a weight is worth the trouble."""
 
 _GRAPH = onnx.ModelProto.GRAPH_FIELD_NUMBER
 _INITIALIZER = onnx.GraphProto.INITIALIZER_FIELD_NUMBER

@@ -107,6 +107,7 @@ class ValueCard:
         exponent: Bits of the exponent, empty for integers and codebooks.
         mantissa: The other bits.
         others: The value in every format, wide ones first.
+        scaling: Where the scales of `others` come from.
     """
 
     asked: float
@@ -115,6 +116,7 @@ class ValueCard:
     exponent: str
     mantissa: str
     others: tuple[ValueCode, ...]
+    scaling: str
 
 
 def format_card(name: str) -> FormatCard:
@@ -155,7 +157,7 @@ def format_card(name: str) -> FormatCard:
     )
 
 
-def value_card(value: float, name: str, *, scale: float | None = None) -> ValueCard:
+def value_card(value: float, name: str, *, scale: float | None = None, amax: float | None = None) -> ValueCard:
     """Return what becomes of ``value`` in the format called ``name`` and in every other.
 
     Formats with a scale get the one that maps ``|value|`` to their largest code, as if it were the largest magnitude
@@ -165,15 +167,20 @@ def value_card(value: float, name: str, *, scale: float | None = None) -> ValueC
         value: Any float64, also infinite or NaN.
         name: A format's name.
         scale: Real value of code 1, > 0.
+        amax: Largest magnitude of the tensor, > 0, which scales are made for; ``|value|`` itself when None.
 
     Raises:
         RecipeError: No such format; the message suggests near names.
-        UsageError: ``scale`` is not positive and finite.
+        UsageError: ``scale`` or ``amax`` is not positive and finite, or both are given.
     """
-    if scale is not None and not 0 < scale < math.inf:
-        raise UsageError("a scale must be positive and finite", found=str(scale), do="give --scale 0.05, or none")
-    fmt = FORMATS.get(name)
-    code = _value_code(value, fmt, scale)
+    if scale is not None and amax is not None:
+        raise UsageError("a scale and a largest magnitude say the same thing twice", do="give --scale or --amax")
+    for what, number in (("scale", scale), ("largest magnitude", amax)):
+        if number is not None and not 0 < number < math.inf:
+            do = "give --scale 0.05, --amax 6, or none"
+            raise UsageError(f"a {what} must be positive and finite", found=str(number), do=do)
+    fmt, chosen = FORMATS.get(name), _Scaling(scale=scale, amax=amax)
+    code = _value_code(value, fmt, chosen)
     sign, exponent, _ = _field_widths(fmt)
     return ValueCard(
         asked=float(value),
@@ -181,8 +188,24 @@ def value_card(value: float, name: str, *, scale: float | None = None) -> ValueC
         sign=code.bits[:sign],
         exponent=code.bits[sign : sign + exponent],
         mantissa=code.bits[sign + exponent :],
-        others=tuple(_value_code(value, f, scale) for f in _by_width() if f.lowering != "scale"),
+        others=tuple(_value_code(value, f, chosen) for f in _by_width() if f.lowering != "scale"),
+        scaling=chosen.text(value),
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Scaling:
+    """Where the scales of a card come from: given, or made for a largest magnitude."""
+
+    scale: float | None
+    amax: float | None
+
+    def text(self, value: float) -> str:
+        if self.scale is not None:
+            return f"scale {self.scale:g} for all"
+        reach = abs(value) if self.amax is None else self.amax
+        more = "; --amax A or --scale S set another" if self.amax is None else ""
+        return f"scales for a tensor whose largest magnitude is {reach:g}{more}"
 
 
 def _by_width() -> list[Format]:
@@ -243,13 +266,14 @@ def _all_values(fmt: Format) -> tuple[float, ...]:
     return tuple(codes.view(fmt.dtype).astype(np.float64).tolist())
 
 
-def _value_code(value: float, fmt: Format, scale: float | None) -> ValueCode:
+def _value_code(value: float, fmt: Format, scaling: _Scaling) -> ValueCode:
+    scale = None
     if fmt.lowering == "cast":
         q, zero, meant = _cast(value, fmt), 0, float(_cast(value, fmt))
     else:
         with np.errstate(over="ignore"):
             x = np.asarray([value], np.float32)
-        qarray = quantize(x, _params(float(x[0]), fmt, scale))
+        qarray = quantize(x, _params(float(x[0]), fmt, scaling))
         params = qarray.params
         q, scale, meant = qarray.q, float(params.scale.ravel()[0]), float(dequantize(qarray)[0])
         zero = 0 if params.zero_point is None else int(params.zero_point.ravel()[0])
@@ -257,7 +281,7 @@ def _value_code(value: float, fmt: Format, scale: float | None) -> ValueCode:
     return ValueCode(
         format=fmt.name,
         bits=_bits(q, fmt),
-        scale=scale if fmt.scale_levels else None,
+        scale=scale,
         zero_point=zero,
         value=meant,
         error=error,
@@ -265,16 +289,18 @@ def _value_code(value: float, fmt: Format, scale: float | None) -> ValueCode:
     )
 
 
-def _params(value: float, fmt: Format, scale: float | None) -> QParams:
-    """Return parameters for the one value [1]: from the scale given, else with ``|value|`` as the largest magnitude."""
+def _params(value: float, fmt: Format, scaling: _Scaling) -> QParams:
+    """Return parameters for the one value [1]: from the scale given, else for the largest magnitude."""
+    scale = scaling.scale
     spec = Spec(
         format=fmt,
         granularity=per_block(0, fmt.block_size) if fmt.block_size else PER_TENSOR,
         symmetric=fmt.kind != "uint",
     )
     shape = spec.granularity.scale_shape((1,))
-    if scale is None and math.isfinite(value):
-        return params_from_range(Range.of(np.full(shape, value), np.full(shape, value)), spec)
+    reach = value if scaling.amax is None else math.copysign(scaling.amax, value)
+    if scale is None and math.isfinite(reach):
+        return params_from_range(Range.of(np.full(shape, reach), np.full(shape, reach)), spec)
     params = params_from_scale(np.full(shape, 1.0 if scale is None else scale), spec)
     if spec.symmetric:
         return params
@@ -343,7 +369,7 @@ def _render_value(card: ValueCard) -> str:
         f"  bits                {split}",
         f"  stored exactly as   {exact}",
         f"  error               {_number(card.code.error)}",
-        "",
+        f"  in every format, {card.scaling}:",
         f"  {'format':<15} {'code':<22} {'scale':>15} {'zero':>5} {'value':>15} {'error':>15} {'relative':>10}",
     ]
     for code in card.others:

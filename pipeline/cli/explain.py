@@ -175,13 +175,16 @@ def number_format(name: str | None, as_json: bool) -> None:
 @command.command("value", context_settings={"ignore_unknown_options": True})
 @click.argument("value", type=float)
 @click.option("--format", "name", default="float32", show_default=True, help="Format whose bits are shown.")
-@click.option("--scale", type=float, help="Scale of integer codes; without it the value is the largest magnitude.")
+@click.option("--scale", type=float, help="Scale of the codes, for all formats.")
+@click.option(
+    "--amax", type=float, help="Largest magnitude of the tensor, for scales of each format; VALUE without it."
+)
 @JSON
-def value(value: float, name: str, scale: float | None, as_json: bool) -> None:
+def value(value: float, name: str, scale: float | None, amax: float | None, as_json: bool) -> None:
     """Print the bits of VALUE, and its code and error in every format."""
     from ...calibrate import cards
 
-    card = cards.value_card(value, name, scale=scale)
+    card = cards.value_card(value, name, scale=scale, amax=amax)
     output.emit({"value": cards.as_data(card)}, as_json, cards.render(card).splitlines())
 
 

@@ -173,3 +173,20 @@ def test_a_scale_that_is_not_positive_is_refused(scale):
 def test_unknown_format_is_refused_with_a_suggestion():
     with pytest.raises(RecipeError, match="int9"):
         format_card("int9")
+
+
+def test_scales_for_a_given_largest_magnitude():
+    codes = {code.format: code for code in value_card(10.5, "float32", amax=16.0).others}
+    assert (codes["int8"].bits, codes["int8"].scale) == ("01010011", np.float32(16 / 127))
+    assert codes["int8"].value == np.float32(83 * np.float32(16 / 127))
+    assert (codes["mxfp4"].scale, codes["mxfp4"].value) == (4, 12)
+    negative = {code.format: code for code in value_card(-10.5, "float32", amax=16.0).others}
+    assert negative["uint8"].zero_point == 255
+    assert negative["uint8"].value == pytest.approx(-10.5, abs=16 / 255)
+    assert value_card(math.inf, "int8", amax=16.0).code.value == pytest.approx(16)
+
+
+@pytest.mark.parametrize("asked", [{"amax": 0.0}, {"amax": math.nan}, {"amax": 1.0, "scale": 1.0}])
+def test_a_largest_magnitude_that_says_nothing_is_refused(asked):
+    with pytest.raises(UsageError):
+        value_card(1.0, "int8", **asked)

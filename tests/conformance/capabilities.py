@@ -184,7 +184,9 @@ def report(outcomes: Sequence[Outcome], engines: Sequence[str]) -> str:
             "Opset: the first that can carry the form; models are built at it, at 19 at least.",
             f"Measured with {versions} on {facts()['machine']} {vnni} VNNI: without it, full 8-bit weights overflow "
             "the 16-bit sums of integer kernels, and 7-bit weights do not. ort-exact: all optimizations off. "
-            "ort-deployed: all on, `session.qdq_matmulnbits_accuracy_level` 1. ort-default: that option not set.",
+            "ort-deployed: all on, `session.qdq_matmulnbits_accuracy_level` 1. ort-default: that option not set. "
+            "openvino: `DYNAMIC_QUANTIZATION_GROUP_SIZE` 0, without which products of stored weights round activations "
+            "to 8 bits on CPUs with VNNI.",
             table(outcomes, engines),
         ]
     )

@@ -1,4 +1,7 @@
-"""Infinities that a model makes on purpose: masks of attention, which add -Inf to the scores that are not to count."""
+"""What a model does on purpose: masks of attention add -Inf to the scores that are not to count.
+
+A row that is masked as a whole is NaN behind its Softmax; models that reckon with that ask for IsNaN and replace it.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,23 @@ LARGEST = 2**24
 _ENDS = ("Softmax", "LogSoftmax")
 
 
-def masked_tensors(graph: gs.Graph) -> set[str]:
-    """Return the tensors into which a constant of the model carries infinities, up to a Softmax.
+def masked_tensors(graph: gs.Graph) -> tuple[set[str], set[str]]:
+    """Return the tensors into which the model itself carries infinities, and those in which it reckons with NaN.
 
     Args:
         graph: Topologically sorted, as files are.
     """
     found: set[str] = set()
+    replaced: set[str] = set()
     for inner in all_graphs(graph):
         for node in inner.nodes:
             given = [*node.inputs, *node.attrs.values()]
             flows = any(_is_infinite(t) or (isinstance(t, gs.Tensor) and t.name in found) for t in given)
             if flows and node.op not in _ENDS:
                 found.update(tensor.name for tensor in node.outputs)
-    return found
+            elif flows and any(reader.op == "IsNaN" for reader in node.outputs[0].outputs):
+                replaced.add(node.outputs[0].name)
+    return found, replaced
 
 
 def _is_infinite(operand: object) -> bool:

@@ -138,6 +138,7 @@ def collect(
     elif isinstance(model, onnx.ModelProto):
         model = from_proto(model)
     identity, twin = options.identity or identify(model), float32_twin(runnable(model))
+    batches = ({name: to_array(value) for name, value in batch.items()} for batch in batches)
     if twin is not model:
         model, path, batches = twin, "", map(without_bfloat16, batches)
     job = Job(
@@ -249,8 +250,7 @@ class _Run:
         return _Progress(self._read.state(), self._skipped)
 
     def _filled(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        for given in batches:
-            batch = {name: to_array(value) for name, value in given.items()}
+        for batch in batches:
             if is_empty(batch):
                 self._skipped += 1
             else:
@@ -354,8 +354,10 @@ def judge(tensors: Stats, options: CollectOptions, model: Model) -> None:
     broken = [name for name, h in found.items() if h.nonfinite]
     masked = [name for name, h in found.items() if h.sentinel]
     bad = [name for name in broken if found[name].nonfinite > MAX_NONFINITE * found[name].total]
-    meant = masked_tensors(model.graph) if bad else set()
-    bad = [n for n in bad if n not in meant or found[n].nonfinite > found[n].extrema.neg_inf]
+    if bad:
+        infinite, replaced = masked_tensors(model.graph)
+        bad = [n for n in bad if n not in infinite or found[n].nonfinite > found[n].extrema.neg_inf]
+        bad = [n for n in bad if n not in replaced or found[n].nonfinite > found[n].extrema.nan]
     if bad and not options.allow_nonfinite:
         raise DataError(
             f"tensor {bad[0]!r} is not finite",

@@ -226,6 +226,27 @@ def test_infinities_that_the_model_brings_along_are_masks(mask: str) -> None:
         collect(masked_attention(mask), ["s"], [spoiled])
 
 
+@pytest.mark.parametrize("asks", [True, False])
+def test_rows_that_are_masked_as_a_whole_are_nan_where_the_model_reckons_with_it(asks: bool) -> None:
+    rest = "n = IsNaN (p)  y = Where (n, zero, p)" if asks else "y = Where (keep, zero, p)"
+    model = parser.parse_model(f"""<ir_version: 8, opset_import: ["": 17]>
+        g (float[N,4] x, bool[N,4] keep) => (float[N,4] y)
+        {{ m = Where (keep, zero, low)  s = Add (x, m)  p = Softmax (s)  {rest} }}""")
+    arrays = {"low": np.float32(-np.inf), "zero": np.float32(0)}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in arrays.items())
+    batch = {"x": data(1, 4)[0], "keep": np.ones((4, 4), bool)}
+    batch["keep"][1] = False
+    options = CollectOptions(allow_nonfinite=False)
+    if asks:
+        assert collect(model, ["p"], [batch], options).tensors["p"].histogram.extrema.nan == 4
+    else:
+        model.graph.output[0].name = "z"
+        model.graph.node.add(op_type="IsInf", input=["y"], output=["z"])
+        model.graph.output[0].type.tensor_type.elem_type = onnx.TensorProto.BOOL
+        with pytest.raises(DataError, match="'p' is not finite"):
+            collect(model, ["p"], [batch], options)
+
+
 def test_an_input_without_elements_is_no_empty_batch():
     model = parser.parse_model("""
         <ir_version: 8, opset_import: ["": 17]>

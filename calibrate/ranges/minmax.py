@@ -13,6 +13,9 @@ from . import METHODS
 class MinMax:
     """What: the exact smallest and largest value; nothing is clipped.
 
+    The mean of every batch's minimum and maximum, which some tools offer, is left out: it depends on how the data was
+    cut into batches, so that no statistics that merge exactly can hold it; ``percentile`` clips by a stated share.
+
     When to use: activations without outliers, formats with many codes (int16, float8), weights.
     Options: none.
     Source: Krishnamoorthi, "Quantizing deep convolutional networks for efficient inference", section 3.1.2 (2018).

@@ -13,6 +13,7 @@ from ...calibrate.errors import UsageError
 from . import output
 from .options import FORCE, JSON
 
+TABLES = (".json", ".flatbuffers", ".txt", ".cache")
 _REST = 160  # characters beside a tensor's name
 
 
@@ -24,9 +25,14 @@ _REST = 160  # characters beside a tensor's name
 @FORCE
 @JSON
 def command(file: Path, **given: Any) -> None:
-    """Show FILE: a model (.onnx) or statistics (.qcal). Weights are never loaded."""
+    """Show FILE: a model (.onnx), statistics (.qcal), or a calibration table of ONNX Runtime or TensorRT.
+
+    Weights are never loaded.
+    """
     if file.suffix == ".qcal":
         _statistics(file, given)
+    elif file.suffix in TABLES:
+        _table(file, given)
     else:
         _model(file, given)
 
@@ -68,6 +74,15 @@ def memory_line(memory: dict[str, float]) -> str:
 
 def _size(count: float) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def _table(file: Path, given: dict[str, Any]) -> None:
+    from ..calibration import read_table
+
+    ranges = {name: (float(rng.lo), float(rng.hi)) for name, rng in read_table(file).items()}
+    rows = [[name, f"{lo:.6g}", f"{hi:.6g}"] for name, (lo, hi) in ranges.items()]
+    lines = [f"{file}: ranges of {len(rows)} tensors", *output.table(["tensor", "min", "max"], rows)]
+    output.emit({"ranges": ranges}, given["as_json"], lines)
 
 
 def _statistics(file: Path, given: dict[str, Any]) -> None:

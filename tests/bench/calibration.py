@@ -4,7 +4,8 @@
                                       [--samples N] [--counts 5 50 500] [--onnxruntime-memory] [--json]
 
 *time*: seconds for the same batches, relative to a plain ``session.run``, round by round in turn, the median of the
-ratios; opening sessions is left out. ONNX Runtime's calibrators are timed once, collecting and computing ranges.
+ratios, by the clock and by processor time (of all threads); opening sessions is left out. ONNX Runtime's calibrators
+are timed once, collecting and computing ranges.
 *memory*: peak of a process of its own, by number of (ragged) batches; what counts is that it does not grow.
 *solve*: all tensors of a model by every method.
 
@@ -25,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from qpipe.calibrate.formats import FORMATS
@@ -67,11 +69,18 @@ def quietly(work: Callable[[], Subject]) -> Subject:
         return work()
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Return the seconds that ``work`` takes."""
-    start = time.perf_counter()
+class Took(NamedTuple):
+    """What a piece of work took: seconds by the clock, and of all processors, which neighbours disturb less."""
+
+    wall: float
+    processor: float
+
+
+def timed(work: Callable[[], object]) -> Took:
+    """Return what ``work`` takes."""
+    start, used = time.perf_counter(), time.process_time()
     work()
-    return time.perf_counter() - start
+    return Took(time.perf_counter() - start, time.process_time() - used)
 
 
 def time_section(subject: Subject, rounds: int, samples: int) -> dict:
@@ -84,7 +93,7 @@ def time_section(subject: Subject, rounds: int, samples: int) -> dict:
             made = runner(subject.float_path, native=native, detail=detail)
             name = f"qpipe {'plugin' if native else 'numpy'}" + (", channels" if detail == "channels" else "")
             ways[name] = collecting(made, batches)
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[Took]] = {name: [] for name in ways}
     for index in range(rounds + 1):
         for name, work in ways.items():
             took = timed(work)
@@ -93,15 +102,22 @@ def time_section(subject: Subject, rounds: int, samples: int) -> dict:
     base = seconds["session.run"]
     rows = {
         name: {
-            "seconds": statistics.median(took),
-            "ratio": statistics.median(t / b for t, b in zip(took, base, strict=True)),
+            "seconds": statistics.median(t.wall for t in took),
+            "ratio": statistics.median(t.wall / b.wall for t, b in zip(took, base, strict=True)),
+            "processor_ratio": statistics.median(t.processor / b.processor for t, b in zip(took, base, strict=True)),
         }
         for name, took in seconds.items()
     }
     for method in ONNXRUNTIME:
         took, problem = onnxruntime_seconds(subject.float_path, batches, method)
-        ratio = took / statistics.median(base) if took else None
-        rows[f"onnxruntime {method}"] = {"seconds": took, "ratio": ratio, "error": problem}
+        row: dict[str, float | str | None] = {"error": problem}
+        if took is not None:
+            row |= {
+                "seconds": took.wall,
+                "ratio": took.wall / statistics.median(b.wall for b in base),
+                "processor_ratio": took.processor / statistics.median(b.processor for b in base),
+            }
+        rows[f"onnxruntime {method}"] = row
     return {"model": subject.name, "batches": len(batches), "rows": rows}
 
 
@@ -118,17 +134,14 @@ def collecting(made: Runner, batches: list[Batch]) -> Callable[[], object]:
     return work
 
 
-def onnxruntime_seconds(path: Path, batches: list[Batch], method: str) -> tuple[float | None, str]:
+def onnxruntime_seconds(path: Path, batches: list[Batch], method: str) -> tuple[Took | None, str]:
     """Return the time of one of ONNX Runtime's calibrators, or what it raised."""
     calibrator, reader = onnxruntime_calibrator(path, batches, method)
-    start = time.perf_counter()
     try:
         with contextlib.redirect_stdout(io.StringIO()), np.errstate(all="ignore"):
-            calibrator.collect_data(reader)
-            calibrator.compute_data()
+            return timed(lambda: (calibrator.collect_data(reader), calibrator.compute_data())), ""
     except (ValueError, RuntimeError, AssertionError) as error:
         return None, f"{type(error).__name__}: {str(error)[:70]}"
-    return time.perf_counter() - start, ""
 
 
 def onnxruntime_calibrator(path: Path, batches: list[Batch], method: str) -> tuple:
@@ -210,7 +223,7 @@ def solve_section(subject: Subject, rounds: int) -> dict:
     for kind, spec in specs.items():
         for name, method in METHODS.items():
             rows[f"{kind} {name}"] = min(
-                timed(lambda m=method, s=spec: [m(h, s) for h in histograms]) for _ in range(rounds)
+                timed(lambda m=method, s=spec: [m(h, s) for h in histograms]).processor for _ in range(rounds)
             )
         rows[f"{kind} all four"] = sum(rows[f"{kind} {n}"] for n in ("minmax", "percentile", "mse", "entropy"))
     return {"model": subject.name, "tensors": len(histograms), "seconds": rows}
@@ -220,16 +233,19 @@ def show(report: dict) -> None:
     """Print the report as tables."""
     for part in report.get("time", []):
         print(f"\ntime, {part['model']}, {part['batches']} batches")
+        print(f"  {'':<28} {'seconds':>9} {'ratio':>8} {'of processor time':>18}")
         for name, row in part["rows"].items():
-            numbers = "raises " + row["error"] if row.get("error") else f"{row['seconds']:9.3f} s {row['ratio']:8.2f}"
-            print(f"  {name:<28} {numbers}")
+            cells = (
+                f"{row['seconds']:9.3f} {row['ratio']:8.2f} {row['processor_ratio']:18.2f}" if "ratio" in row else ""
+            )
+            print(f"  {name:<28} {cells or 'raises ' + row['error']}")
     for part in report.get("memory", []):
         print(f"\npeak memory, {part['model']}, MiB by number of batches")
         for tool, row in part["mib"].items():
             cells = (f"{count}: {'failed' if mib is None else format(mib, '.1f')}" for count, mib in row.items())
             print(f"  {tool:<28} {'   '.join(cells)}")
     for part in report.get("solve", []):
-        print(f"\nsolving, {part['model']}, {part['tensors']} tensors")
+        print(f"\nsolving, {part['model']}, {part['tensors']} tensors, seconds of processor time")
         for name, seconds in part["seconds"].items():
             print(f"  {name:<28} {seconds:9.3f} s")
 

@@ -315,6 +315,21 @@ def test_float16_activations_are_counted():
     assert collect(model, ["y"], [{"x": x}]).tensors["y"].histogram == Histogram.of(-x)
 
 
+def test_the_ends_of_float16_are_masks_and_the_user_may_go_lower():
+    model = parser.parse_model(
+        '<ir_version: 8, opset_import: ["": 17]> g (float16[N] x) => (float16[N] y) { y = Neg (x) }'
+    )
+    x = np.array([-65504, 100, 2, -1], np.float16)
+    found = collect(model, ["x", "y"], [{"x": x}]).tensors
+    for histogram in (found["x"].histogram, found["y"].histogram):
+        assert histogram.amax == 100
+        assert histogram.sentinel == 1
+    lower = collect(model, ["x"], [{"x": x}], CollectOptions(sentinel=50.0)).tensors["x"].histogram
+    assert (lower.amax, lower.sentinel) == (2, 2)
+    wide = collect(chain(), ["x"], [{"x": np.full((1, 1, 4), 65504, np.float32)}]).tensors["x"].histogram
+    assert wide.amax == 65504
+
+
 @pytest.mark.parametrize(
     "node", ["y = Expand (x, s)", "y = Tile (x, s)", "c = ConstantOfShape (s)  y = Add (c, x)"], ids=lambda n: n[4:10]
 )

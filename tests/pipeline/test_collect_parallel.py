@@ -11,9 +11,10 @@ import numpy as np
 import onnx
 import pytest
 from onnx import parser
-from qpipe.calibrate.errors import DataError, EnvironmentError_
+from qpipe.calibrate.errors import DataError, EnvironmentError_, UsageError
 from qpipe.pipeline.calibration import load, parallel
 from qpipe.pipeline.calibration.observe import Detail
+from qpipe.pipeline.cli import main
 from qpipe.pipeline.graph import from_proto
 from qpipe.pipeline.graph import save as save_model
 from qpipe.pipeline.interrupts import Interrupted
@@ -110,6 +111,63 @@ def test_a_process_keeps_its_session(model):
     for _ in range(3):
         parallel._work(str(model), payload, list(batches(1)))
     assert parallel._runner.cache_info().misses == 1
+
+
+def test_a_backend_that_gives_only_lists_does_the_same(model, tmp_path):
+    """Ray's is one."""
+    joblib = pytest.importorskip("joblib")
+
+    class Lists(joblib._parallel_backends.LokyBackend):
+        supports_return_generator = False
+
+    joblib.register_parallel_backend("lists", Lists)
+    one = run(model, tmp_path / "one.qcal", 1)
+    with joblib.parallel_config("lists"):
+        assert run(model, tmp_path / "two.qcal", 2) == one
+
+
+@pytest.mark.parametrize(
+    ("cluster", "error", "words"),
+    [
+        ("spark:host", UsageError, "no such kind of cluster"),
+        ("dask", EnvironmentError_, "no dask cluster answers"),
+        ("dask:tcp://127.0.0.1:9", EnvironmentError_, "no dask cluster answers"),
+    ],
+)
+def test_a_cluster_that_is_not_there_is_named(model, monkeypatch, cluster, error, words):
+    pytest.importorskip("distributed")
+    monkeypatch.setattr("qpipe.pipeline.calibration.cluster._PATIENCE", 1)
+    with pytest.raises(error, match=words):
+        collect(model, TENSORS, batches(2), CollectOptions(workers=2, cluster=cluster))
+
+
+@pytest.mark.slow
+def test_the_command_line_uses_a_cluster_whose_workers_have_threads(model, tmp_path, monkeypatch, capfd):
+    """Threads of one worker share a session and its counters; a relative path means the same to every worker."""
+    distributed = pytest.importorskip("distributed")
+    np.savez(tmp_path / "d.npz", x=np.concatenate([batch["x"] for batch in batches()]))
+    (tmp_path / "m.onnx").write_bytes(model.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    command = ["calibrate", "m.onnx", "--data", "d.npz", "--batch", "3", "-q"]
+    assert main([*command, "-o", "one.qcal"]) == 0
+    with distributed.LocalCluster(n_workers=1, threads_per_worker=3, processes=True, dashboard_address=None) as cluster:
+        address = f"dask:{cluster.scheduler_address}"
+        assert main([*command, "-o", "two.qcal", "--cluster", address, "--workers", "4"]) == 0, capfd.readouterr().err
+    assert (tmp_path / "one.qcal").read_bytes() == (tmp_path / "two.qcal").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_writes_the_bytes_of_one(model, tmp_path):
+    pytest.importorskip("ray")
+    one = run(model, tmp_path / "one.qcal", 1)
+    options = CollectOptions(
+        details={"x": Detail(gram=True), "a": Detail()},
+        workers=2,
+        cluster="ray",
+        checkpoints=Checkpoints(path=tmp_path / "two.qcal"),
+    )
+    collect(model, TENSORS, batches(), options)
+    assert (tmp_path / "two.qcal").read_bytes() == one
 
 
 @pytest.mark.slow

@@ -235,3 +235,25 @@ def test_batchify_goes_before_counting() -> None:
     feed = Feed(samples, [info("x", np.float32, 1, 3)], FeedOptions(batchify=True, samples=3))
     assert [batch["x"].shape for batch in feed] == [(1, 3)] * 3
     assert feed.fingerprint.samples == 3
+
+
+def test_the_samples_to_come_are_known_where_files_say_so(tmp_path: Any) -> None:
+    inputs = [InputInfo(name="x", dtype=np.dtype(np.float32), shape=("N", 2))]
+    np.save(tmp_path / "a.npy", np.zeros((7, 2), np.float32))
+    (tmp_path / "folder").mkdir()
+    for name, count in (("a", 3), ("b", 4)):
+        np.savez(tmp_path / "folder" / f"{name}.npz", x=np.zeros((count, 2), np.float32), scalar=np.float32(1))
+    (tmp_path / "d.py").write_text("def load_data(): raise SystemExit")
+    (tmp_path / "broken.npz").write_bytes(b"PK")
+
+    def expected(name: str, samples: int | None = None) -> int | None:
+        return Feed(tmp_path / name, inputs, FeedOptions(samples=samples)).expected
+
+    assert expected("a.npy") == 7
+    assert expected("a.npy", 5) == 5
+    assert expected("a.npy", 50) == 7
+    assert expected("folder") == 7
+    assert expected("d.py") is None
+    assert expected("d.py", 9) == 9
+    assert expected("broken.npz") is None
+    assert Feed([{"x": np.zeros((1, 2), np.float32)}], inputs).expected is None

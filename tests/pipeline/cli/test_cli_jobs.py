@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 import yaml
+from onnx import parser
 
 from .conftest import Run
 
@@ -160,3 +162,41 @@ def test_export_from_a_file_and_from_a_program(folder: Path, run: Run) -> None:
     assert done.code == 0, done.err
     assert run("export", "net.py:nothing", "-o", "h.onnx").code == 2
     assert run("export", "nowhere", "-o", "h.onnx").code == 2
+
+
+def test_progress_without_a_terminal_has_speed_memory_and_the_time_left(
+    folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qpipe.pipeline.cli.output._PLAIN_SECONDS", 0.0)
+    done = run("calibrate", "m.onnx", "--data", "data.npz", "--batch", "4", "-o", "m.qcal")
+    line = next(line for line in done.err.splitlines() if line.startswith("calibrating: 20 of 24"))
+    assert re.fullmatch(r"calibrating: 20 of 24  [\d.]+ samples/s, peak \d+ MB, 0:00:\d\d left", line), line
+    assert re.search(r"24 samples, \d tensors, [\d.]+ samples/s, peak \d+ MB", done.err)
+
+
+def test_tensors_inside_functions_are_named_as_not_covered(folder: Path, run: Run) -> None:
+    text = """<ir_version: 8, opset_import: ["": 17, "local": 1]> g (float[N,4] x) => (float[N,4] y)
+        { a = Relu (x) y = local.f (a) }
+        <opset_import: ["": 17], domain: "local"> f (p) => (q) { s = Mul (p, p) q = Add (s, p) }"""
+    onnx.save(parser.parse_model(text), folder / "f.onnx")
+    np.save(folder / "x.npy", np.ones((3, 4), np.float32))
+    done = run("calibrate", "f.onnx", "--data", "x.npy", "-o", "f.qcal")
+    assert done.code == 0, done.err
+    assert "not covered: s, q: it is inside the model-local function f" in done.err
+    assert "was not observed" in run("inspect", "f.qcal").out
+
+
+@pytest.mark.parametrize("form", ["ort-json", "ort-flatbuffers", "ort-text", "trt-cache"])
+def test_tables_of_other_tools_are_written_and_shown(calibrated: Path, run: Run, form: str) -> None:
+    done = run("calibrate", "--merge", "m.qcal", "-o", "n.qcal", "--emit", form, "--method", "mse", "--json")
+    assert done.code == 0, done.err
+    table = json.loads(done.out)["written"][1]
+    shown = json.loads(run("inspect", table, "--json").out)["ranges"]
+    assert "image" in shown
+    lo, hi = shown["image"]
+    assert lo < 0 < hi
+    assert "ranges of" in run("inspect", table).out
+    (calibrated / "bad.cache").write_bytes(b"TRT-1\nx: zz\n")
+    refused = run("inspect", "bad.cache")
+    assert refused.code == 4
+    assert "no calibration table, or is damaged" in refused.err

@@ -157,6 +157,7 @@ QPIPE_DEVICE uint64_t tile_descriptor(uint32_t shared) {
     return ((shared & 0x3ffffu) >> 4) | (uint64_t{1} << 16) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 62);
 }
 
+// Not also before the fence of the outlier steps: that costs spills in the widest tile, and y is computed by then.
 template <class A, int kSums>
 QPIPE_DEVICE void pin(A (&sums)[kSums]) {
     QPIPE_UNROLL
@@ -166,7 +167,6 @@ QPIPE_DEVICE void pin(A (&sums)[kSums]) {
 // y += kSteps steps of the outlier operands; straight-line, since a loop round wgmma makes the compiler serialize it.
 template <class T, int kSteps, int kSums>
 QPIPE_DEVICE void wgmma_float(float (&y)[kSums], uint64_t x, uint64_t w) {
-    pin(y);
     ptx::wgmma_fence();
     QPIPE_UNROLL
     for (int s = 0; s < kSteps; ++s) {

@@ -16,6 +16,7 @@ grouped Conv is one layer per group. The spec is meant for ``[out, in]``: axis 0
 with a block size are blocks along the input. Scales come back in ``spec.granularity.scale_shape(w.shape)``.
 
 To propagate errors, collect ``gram`` behind the already quantized prefix: the algorithms only see what the layer will.
+With ``drift`` beside it, `qpipe.calibrate.weights.correction` makes the weight answer what the prefix did to the input.
 An equalizer (`qpipe.calibrate.equalize`) comes first: pass ``w * channel_scale`` and ``stats.scaled(channel_scale)``.
 
 Learned rounding (AdaRound) is left out because it did not earn its place: on layers of MiniLM it took 400 times as long
@@ -46,10 +47,13 @@ class WeightStats:
     Attributes:
         gram: ``XᵀX`` [in, in].
         channels: Magnitudes per input channel, [in].
+        drift: ``(X - x)ᵀ x`` [in, in] with ``X`` the same tokens in the float model, where x comes from quantized
+            layers; None where they are one.
     """
 
     gram: Gram | None = None
     channels: ChannelAmax | None = None
+    drift: Array | None = None
 
     @property
     def energy(self) -> Array | None:
@@ -61,9 +65,11 @@ class WeightStats:
     def scaled(self, channel_scale: Array) -> WeightStats:
         """Return the statistics of ``x / channel_scale``, ``channel_scale`` [in] > 0."""
         inverse = 1 / channel_scale.astype(np.float64)
-        gram, channels = self.gram, self.channels
+        gram, channels, drift = self.gram, self.channels, self.drift
         if gram is not None:
             gram = Gram(matrix=gram.matrix * inverse * inverse[:, None], tokens=gram.tokens)
+        if drift is not None:
+            drift = drift * inverse * inverse[:, None]
         if channels is not None:
             channels = ChannelAmax(
                 amax=(channels.amax * inverse).astype(np.float32),
@@ -71,7 +77,7 @@ class WeightStats:
                 energy=channels.energy * inverse**2,
                 tokens=channels.tokens,
             )
-        return WeightStats(gram=gram, channels=channels)
+        return WeightStats(gram=gram, channels=channels, drift=drift)
 
 
 class WeightMethod(Protocol):

@@ -70,7 +70,7 @@ class Probe:
         self.counters = counters_of(built.proto, job, self.sentinels)
         # Threads that wait for the next operator by spinning would take the processor from those that count.
         config = {"session.intra_op.allow_spinning": "0"}
-        mapped, folder = built.nbytes > _IN_MEMORY, _place_weights(built)
+        mapped, folder = built.nbytes > _IN_MEMORY, place_weights(built)
         if folder is not None:
             config["session.model_external_initializers_file_folder_path"] = str(folder)
         data = built.proto.SerializeToString()
@@ -144,7 +144,7 @@ def _without_floats(exposed: Exposed, types: Mapping[str, str]) -> dict[str, str
     return {name: f"it is a {types[out]}" for name, out in named.items() if types[out] not in _FLOATS}
 
 
-def _place_weights(built: Skeleton) -> Path | None:
+def place_weights(built: Skeleton) -> Path | None:
     """Fill the weights in but for those that lie in data files; return the folder of those files, None without any."""
     outside = [t for t in built.proto.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     weights = [(tensor, built.weights[location_of(tensor)]) for tensor in outside]

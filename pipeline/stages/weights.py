@@ -25,6 +25,7 @@ from ...calibrate.granularity import PER_TENSOR
 from ...calibrate.qarray import QArray, QParams, Range, Spec, params_from_range
 from ...calibrate.stats.gram import Gram
 from ...calibrate.weights import WEIGHT_METHODS, WeightMethod, WeightStats
+from ...calibrate.weights.correction import corrected
 from ..calibration import Calibration
 from ..constants import Weight, weight_of
 from ..extents import Extent, extent_jobs, reader_of
@@ -186,7 +187,7 @@ def quantize_layer(
         method: The algorithm.
         stats: Statistics of the inputs of [out, in].
     """
-    matrix = layout.matrix(np.asarray(w, dtype=np.float32))
+    matrix = corrected(layout.matrix(np.asarray(w, dtype=np.float32)), stats)
     if layout.groups > 1 and method.needs:
         method, stats = WEIGHT_METHODS.get("rtn_mse"), None  # inputs differ from group to group
     return layout.restore(method(matrix, layout.spec(spec), stats), spec)
@@ -197,8 +198,13 @@ def layer_stats(layout: Layout, calibration: Calibration | None, tensor: str) ->
     known = None if calibration is None else calibration.tensors.get(tensor)
     if known is None or layout.groups > 1 or (known.channels is None and known.gram is None):
         return None
+    return in_matrix_order(layout, WeightStats(gram=known.gram, channels=known.channels))
+
+
+def in_matrix_order(layout: Layout, stats: WeightStats) -> WeightStats | None:
+    """Return statistics of a layer's input in the order of the matrix's inputs; None when they do not fit it."""
     columns = layout.columns()
-    channels, gram = known.channels, known.gram
+    channels, gram, drift = stats.channels, stats.gram, stats.drift
     if channels is not None and len(channels.amax) != len(columns):
         return None
     if channels is not None:
@@ -207,7 +213,9 @@ def layer_stats(layout: Layout, calibration: Calibration | None, tensor: str) ->
         )
     if gram is not None:
         gram = Gram(matrix=gram.matrix[np.ix_(columns, columns)], tokens=gram.tokens)
-    return WeightStats(gram=gram, channels=channels)
+    if drift is not None:
+        drift = drift[np.ix_(columns, columns)]
+    return WeightStats(gram=gram, channels=channels, drift=drift)
 
 
 def settle_nonfinite(graph: gs.Graph, plan: Plan, *, skip: bool) -> Plan:

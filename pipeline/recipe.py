@@ -55,6 +55,10 @@ _UNFIT = {
 }
 
 
+AUTO = {True: "gptq", False: "rtn_mse"}
+"""What the algorithm ``auto`` stands for, by whether the inputs of layers are known."""
+
+
 class WeightOptions(_Part):
     """How weights are stored. ``weights: int4`` is short for ``weights: {format: int4}``.
 
@@ -66,7 +70,10 @@ class WeightOptions(_Part):
             where the target has zero points.
         narrow_range: Leave out the lowest code of a symmetric signed format, so that codes are symmetric too.
         reduce_bits: Bits given up for kernels that saturate; None lets the target limit pairs of codes instead.
-        algorithm: Weight algorithm that picks the codes, ``rtn`` when None.
+        algorithm: Weight algorithm that picks the codes, ``rtn`` when None; ``auto`` takes ``gptq`` where the inputs of
+            layers are known (--data, or statistics with --detail gram), ``rtn_mse`` elsewhere.
+        sequential: With --data, algorithms that look at inputs quantize layer by layer, each behind the quantized ones
+            before it and making up for their errors; otherwise all look at the float model.
         embeddings: Store the tables of Gather too, with one scale per row.
         accuracy_level: What MatMulNBits rounds activations to: 1 leaves them float32, 4 takes int8; None lets the
             target choose.
@@ -79,13 +86,15 @@ class WeightOptions(_Part):
     narrow_range: bool = True
     reduce_bits: int | None = Field(default=None, ge=0, le=7)
     algorithm: str | None = None
+    sequential: bool = True
     embeddings: bool = False
     accuracy_level: Literal[0, 1, 2, 3, 4] | None = None
 
     @property
     def method(self) -> str:
         """Weight algorithm that picks the codes; one scale for the whole model leaves nothing to pick."""
-        return self.algorithm or ("fixed" if self.granularity == "model" else "rtn")
+        algorithm = AUTO[False] if self.algorithm == "auto" else self.algorithm
+        return algorithm or ("fixed" if self.granularity == "model" else "rtn")
 
     @field_validator("format")
     @classmethod
@@ -243,6 +252,22 @@ class Recipe(_Part):
     exclude: tuple[str, ...] = ()
     keep: tuple[Literal["first", "last"], ...] = ()
     layers: tuple[LayerOptions, ...] = ()
+
+    def settled(self, *, knows_inputs: bool) -> Recipe:
+        """Return the recipe with every algorithm ``auto`` written out, by whether the inputs of layers are known."""
+        own = {"algorithm": AUTO[knows_inputs]}
+
+        def layer(entry: LayerOptions) -> LayerOptions:
+            weights = entry.recipe().weights
+            if weights is None or weights.algorithm != "auto":
+                return entry
+            given = {"format": entry.weights} if isinstance(entry.weights, str) else entry.weights or {}
+            return entry.model_copy(update={"weights": {**given, **own}})
+
+        update: dict[str, Any] = {"layers": tuple(map(layer, self.layers))}
+        if self.weights is not None and self.weights.algorithm == "auto":
+            update["weights"] = self.weights.model_copy(update=own)
+        return self.model_copy(update=update)
 
     def digest(self) -> str:
         """Return a hash of the whole recipe, stored with the result."""

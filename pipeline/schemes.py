@@ -87,7 +87,7 @@ SCHEMES: dict[str, Scheme] = {
         format="int4",
         granularity="block",
         block_size=32,
-        algorithm="rtn_mse",
+        algorithm="auto",
     ),
     "w4-nf4": _weight_only(
         "NF4 weights in blocks of 64, as bitsandbytes stores them: ONNX Runtime's MatMulBnb4",

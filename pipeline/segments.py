@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ import onnx
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
 from ..calibrate.errors import DataError, UnsupportedError
-from .calibration.probe import place_weights
+from .calibration.probe import IN_MEMORY, place_weights
 from .graph import Model
 from .graph.exporter import Skeleton, skeleton
 from .graph.scratch import keep
@@ -88,12 +89,14 @@ class Stream:
         live: The tensors that are alive, by batch.
         replaced: Constants in place of inputs of nodes; asked once per node, when its segment runs.
         device: Where it runs.
+        op_libraries: Libraries of custom operators that it needs.
     """
 
     cuts: Cuts
     live: list[dict[str, Array]]
     replaced: Replacements = field(default=lambda node: {})  # noqa: ARG005
     device: str = "cpu"
+    op_libraries: tuple[Path, ...] = ()
 
     @classmethod
     def of(cls, cuts: Cuts, batches: Iterable[Batch], **options: Any) -> Stream:
@@ -133,10 +136,11 @@ class Stream:
             return None
         part = Skeleton(self._proto(missing, known), self.cuts.built.weights)
         config = {}
-        folder = place_weights(part)
+        mapped, folder = part.nbytes > IN_MEMORY, place_weights(part)
         if folder is not None:
             config["session.model_external_initializers_file_folder_path"] = str(folder)
-        session = make_session(part.proto, device=self.device, extras=SessionExtras(config=config))
+        extras = SessionExtras(config=config, op_libraries=self.op_libraries, mapped=mapped)
+        session = make_session(part.proto, exact=mapped, device=self.device, extras=extras)
         inputs = [entry.name for entry in session.get_inputs()]
 
         def run(batch: Batch) -> Batch:

@@ -21,7 +21,15 @@ from .stages.details import hidden_tensors, wanted_details
 from .stages.equalize import Equalized, equalize
 from .stages.inline import inline_functions
 from .stages.prepare import prepare, require_opset
-from .stages.quantize import Quantized, QuantizeOptions, needed_detail, profits_from_statistics, quantize_model
+from .stages.quantize import (
+    Quantized,
+    QuantizeOptions,
+    needed_detail,
+    profits_from_statistics,
+    quantize_model,
+    runs_in_order,
+)
+from .stages.sequential import Data
 from .stages.upgrade import upgrade
 
 _LOG = logging.getLogger(__name__)
@@ -141,15 +149,29 @@ def quantize_file(
     recipe = recipe or make_recipe()
     job = Job.open(Path(source))
     calibration = data if isinstance(data, Calibration) else None
-    if calibration is None and data is not None and profits_from_statistics(recipe):
-        batches = list(data) if recipe.equalize else data
-        calibration = job.collect(batches, detail=needed_detail(recipe))
-        if recipe.equalize and job.equalize(recipe, calibration):
-            calibration = job.collect(batches, detail=needed_detail(recipe))
-    result = job.quantize(recipe, calibration)
+    options = QuantizeOptions()
+    if data is not None and not isinstance(data, Calibration):
+        recipe = recipe.settled(knows_inputs=True)
+        in_order = runs_in_order(recipe)
+        batches = list(data) if recipe.equalize or in_order else data
+        options = QuantizeOptions(data=Data(batches=batches) if in_order else None)
+        calibration = _collected(job, recipe, batches, in_order=in_order)
+    result = job.quantize(recipe, calibration, options)
     if not result.plan.coded() and recipe.float_type is None:
         nodes = list(result.plan.nodes().values())
         reason = nodes[0].reason if nodes else "the graph has no nodes"
         _LOG.warning("nothing was quantized; of %d nodes the first: %s", len(nodes), reason)
     save(result.model, target, force=force)
     return result
+
+
+def _collected(job: Job, recipe: Recipe, batches: Iterable[Batch], *, in_order: bool) -> Calibration | None:
+    """Collect what a recipe needs, equalizing on the way if it says so; None when it needs nothing."""
+    calibration = None
+    if profits_from_statistics(recipe, in_order=in_order):
+        calibration = job.collect(batches, detail=needed_detail(recipe, in_order=in_order))
+    if recipe.equalize and calibration is not None and job.equalize(recipe, calibration):
+        rest = recipe.model_copy(update={"equalize": None})
+        if profits_from_statistics(rest, in_order=in_order):
+            calibration = job.collect(batches, detail=needed_detail(rest, in_order=in_order))
+    return calibration

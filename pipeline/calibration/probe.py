@@ -24,7 +24,7 @@ from .limits import survey
 from .moved import moved
 from .native import countable, counters_of
 
-_IN_MEMORY = 3 * 2**29
+IN_MEMORY = 3 * 2**29
 """Bytes of a model up to which a runtime may hold its weights, packed for its kernels."""
 
 _FLOATS = {
@@ -70,7 +70,7 @@ class Probe:
         self.counters = counters_of(built.proto, job, self.sentinels)
         # Threads that wait for the next operator by spinning would take the processor from those that count.
         config = {"session.intra_op.allow_spinning": "0"}
-        mapped, folder = built.nbytes > _IN_MEMORY, place_weights(built)
+        mapped, folder = built.nbytes > IN_MEMORY, place_weights(built)
         if folder is not None:
             config["session.model_external_initializers_file_folder_path"] = str(folder)
         data = built.proto.SerializeToString()

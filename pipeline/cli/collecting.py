@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,9 @@ from .options import feed_from
 
 if TYPE_CHECKING:
     from ..calibration import Calibration
+    from ..recipe import Recipe
     from ..stages.collect import Checkpoints
+    from ..stages.sequential import Data
     from ..workflow import Job
 
 _NAMED = 3  # tensors in a line that stands for all that share a reason
@@ -87,6 +90,31 @@ def not_covered_lines(not_covered: Mapping[str, str]) -> list[str]:
         more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
         lines.append(f"not covered: {', '.join(names[:_NAMED])}{more}: {reason}")
     return lines
+
+
+def has_data(given: Mapping[str, Any]) -> bool:
+    """Whether the options name data."""
+    return bool(given["data"] or given["random_samples"])
+
+
+@contextmanager
+def layer_data(job: Job, recipe: Recipe, given: Mapping[str, Any]) -> Iterator[Data | None]:
+    """Give the data on which layers are quantized one after the other, with progress on stderr; None for none."""
+    from ..data import inputs_of
+    from ..stages.quantize import runs_in_order
+    from ..stages.sequential import Data
+
+    if not has_data(given) or not runs_in_order(recipe):
+        yield None
+        return
+    feed = feed_from(given, inputs_of(job.model.graph))
+    with output.progress("quantizing layer by layer", None, quiet=given["quiet"]) as advance:
+        yield Data(
+            batches=feed,
+            device=given["device"],
+            op_libraries=given["custom_op_library"],
+            progress=lambda done, total: advance(done, f"of {total} layers"),
+        )
 
 
 def _peak_memory() -> float:

@@ -69,12 +69,12 @@ def command(model: Path, output_path: Path | None, **given: Any) -> None:
     from ..graph import save
     from ..stages.preview import preview
     from ..stages.quantize import QuantizeOptions
-    from .collecting import open_job
+    from .collecting import layer_data, open_job
 
     start, recipe = time.monotonic(), _recipe(given)
     job = open_job(model, given)
     before, opened = _weight_bytes(job.model), time.monotonic()
-    calibration = _calibration(job, recipe, given)
+    recipe, calibration = _statistics(job, recipe, given)
     collected = time.monotonic()
     folder = (output_path or model).absolute().parent
     coming = preview(job.model, recipe, calibration, folder, opened - start)
@@ -87,8 +87,9 @@ def command(model: Path, output_path: Path | None, **given: Any) -> None:
         return
     if not given["quiet"]:
         output.note(f"estimated: {_costs(coming.cost)}")
-    options = QuantizeOptions(skip_nonfinite=given["skip_nonfinite"], requantize=given["requantize"])
-    result = job.quantize(recipe, calibration, options)
+    with layer_data(job, recipe, given) as data:
+        options = QuantizeOptions(skip_nonfinite=given["skip_nonfinite"], requantize=given["requantize"], data=data)
+        result = job.quantize(recipe, calibration, options)
     if given["require_quantized"] and recipe.float_type is None:
         _require_quantized(result.plan)
     _save_side_files(result.plan, recipe, given)
@@ -170,22 +171,26 @@ def _set(keys: dict[str, Any], text: str) -> None:
     place[last] = yaml.safe_load(value)
 
 
-def _calibration(job: Job, recipe: Recipe, given: dict[str, Any]) -> Calibration | None:
-    from ..stages.quantize import needed_detail, needs_statistics, profits_from_statistics
-    from .collecting import collect_statistics, read_statistics
+def _statistics(job: Job, recipe: Recipe, given: dict[str, Any]) -> tuple[Recipe, Calibration | None]:
+    """Return the recipe with its algorithms written out, and the statistics that it needs."""
+    from ..stages.quantize import has_grams, needed_detail, needs_statistics, profits_from_statistics, runs_in_order
+    from .collecting import collect_statistics, has_data, read_statistics
 
-    has_data = given["data"] or given["random_samples"]
-    if not given["calib"] and not needs_statistics(recipe) and not (has_data and profits_from_statistics(recipe)):
-        return None
-    wanted = {**given, "detail": needed_detail(recipe)}
-    if given["calib"]:
-        calibration = read_statistics(given["calib"], job, by_name=given["calib_by_name"])
-    else:
-        calibration = collect_statistics(job, wanted)
-    if recipe.equalize and job.equalize(recipe, calibration):
-        output.note(f"equalized the inputs of {len(job.equalized)} groups of layers; collecting once more")
-        calibration = collect_statistics(job, wanted)
-    return calibration
+    known = read_statistics(given["calib"], job, by_name=given["calib_by_name"]) if given["calib"] else None
+    recipe = recipe.settled(knows_inputs=has_data(given) or (known is not None and has_grams(known)))
+    in_order = has_data(given) and runs_in_order(recipe)
+
+    def collected(recipe: Recipe) -> Calibration | None:
+        wanted = profits_from_statistics if has_data(given) else needs_statistics
+        if not wanted(recipe, in_order=in_order):
+            return None
+        return collect_statistics(job, {**given, "detail": needed_detail(recipe, in_order=in_order)})
+
+    known = known or collected(recipe)
+    if recipe.equalize and known is not None and job.equalize(recipe, known):
+        output.note(f"equalized the inputs of {len(job.equalized)} groups of layers")
+        known = collected(recipe.model_copy(update={"equalize": None})) or known
+    return recipe, known
 
 
 def _save_side_files(plan: Plan, recipe: Recipe, given: dict[str, Any]) -> None:
@@ -218,6 +223,7 @@ def _report(result: Quantized | Preview, recipe: Recipe, given: dict[str, Any], 
     kept = [d for d in nodes.values() if d not in quantized]
     before, after = outcome.sizes
     methods = Counter(s.method for s in result.activations.values())
+    algorithms = {d.algorithm for d in result.plan.quantized() if d.algorithm}
     data = {
         "written": [str(p) for p in outcome.written],
         "quantized_nodes": len(quantized),
@@ -234,7 +240,8 @@ def _report(result: Quantized | Preview, recipe: Recipe, given: dict[str, Any], 
     }
     lines = [
         f"scheme {recipe.scheme}, target {result.plan.target}, ranges by "
-        + (", ".join(f"{name} ({n})" for name, n in methods.most_common()) or "none needed"),
+        + (", ".join(f"{name} ({n})" for name, n in methods.most_common()) or "none needed")
+        + (f", weights by {', '.join(sorted(algorithms))}" if algorithms else ""),
         f"quantized {len(quantized)} of {len(nodes)} nodes, weights {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB",
         *(f"rewritten for {result.plan.target}: {line}" for line in describe_passes(result.passes)),
     ]

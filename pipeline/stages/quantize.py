@@ -22,6 +22,7 @@ from .floats import Given, border_of, float_notes, require_float_type, with_floa
 from .insert import insert
 from .lower import lower, needed_opset, opset_note
 from .prepare import prepare
+from .sequential import Data, quantize_in_order
 from .solve import Key, Solved, solve
 from .tune import tune
 from .upgrade import move_opset
@@ -65,41 +66,61 @@ class Quantized:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuantizeOptions:
-    """What is tolerated.
+    """What is tolerated, and what may be run.
 
     Attributes:
         skip_nonfinite: Leave a layer whose weights are not finite in float, instead of refusing the model.
         requantize: Accept a model that holds quantized operators, and quantize what is float in it.
+        data: What layers are run on when they are quantized one after the other; None where there are statistics only.
     """
 
     skip_nonfinite: bool = False
     requantize: bool = False
+    data: Data | None = None
 
 
-def needs_statistics(recipe: Recipe) -> bool:
-    """Whether a recipe asks for something that only data can tell: static scales, outlier columns, input statistics."""
-    parts = [recipe, *(entry.recipe() for entry in recipe.layers)]
-    return needed_detail(recipe) != "none" or any(
-        part.activations is not None and not part.activations.dynamic for part in parts
+def runs_in_order(recipe: Recipe) -> bool:
+    """Whether a recipe quantizes layer by layer where there is data."""
+    return any(
+        _looks_at_inputs(part) and part.weights is not None and part.weights.sequential for part in _parts(recipe)
     )
 
 
-def profits_from_statistics(recipe: Recipe) -> bool:
+def needs_statistics(recipe: Recipe, *, in_order: bool = False) -> bool:
+    """Whether a recipe asks for something that only data can tell: static scales, outlier columns, input statistics.
+
+    Args:
+        recipe: With no algorithm ``auto`` in it, see `Recipe.settled`.
+        in_order: Layers are quantized one after the other, which looks at their inputs itself.
+    """
+    return needed_detail(recipe, in_order=in_order) != "none" or any(
+        part.activations is not None and not part.activations.dynamic for part in _parts(recipe)
+    )
+
+
+def profits_from_statistics(recipe: Recipe, *, in_order: bool = False) -> bool:
     """Whether statistics make the result better, or are needed: float16 looks up which ranges it cannot hold."""
-    return needs_statistics(recipe) or recipe.float_type == "float16"
+    return needs_statistics(recipe, in_order=in_order) or recipe.float_type == "float16"
 
 
-def needed_detail(recipe: Recipe) -> str:
+def needed_detail(recipe: Recipe, *, in_order: bool = False) -> str:
     """Return what a recipe needs to know of layer inputs beside their histograms; see `stages.details`."""
-    parts = [recipe, *(entry.recipe() for entry in recipe.layers)]
-    needs = {need for part in parts for need in _needs(part)}
+    needs = {need for part in _parts(recipe) for need in _needs(part, in_order=in_order)}
     return "gram" if "gram" in needs else "channels" if needs else "none"
 
 
-def _needs(recipe: Recipe) -> set[str]:
+def _parts(recipe: Recipe) -> list[Recipe]:
+    return [recipe, *(entry.recipe() for entry in recipe.layers)]
+
+
+def _looks_at_inputs(recipe: Recipe) -> frozenset[str]:
+    return WEIGHT_METHODS.resolve(recipe.weights.method).needs if recipe.weights is not None else frozenset()
+
+
+def _needs(recipe: Recipe, *, in_order: bool) -> set[str]:
     needs = {"channels"} if recipe.form == "outlier" and recipe.outliers.looks_at_data else set()
-    if recipe.weights is not None and recipe.weights.algorithm:
-        needs |= WEIGHT_METHODS.resolve(recipe.weights.algorithm).needs
+    if recipe.weights is not None and not (in_order and recipe.weights.sequential):
+        needs |= _looks_at_inputs(recipe)
     if recipe.equalize:
         needs |= EQUALIZERS.resolve(recipe.equalize).needs
     return needs
@@ -127,6 +148,9 @@ def quantize_model(
         ModelError: The model is quantized already, or holds weights that are not finite.
         UnsupportedError: The number types need a higher opset, and the model cannot be brought to it.
     """
+    recipe = recipe.settled(
+        knows_inputs=options.data is not None or (calibration is not None and has_grams(calibration))
+    )
     if not options.requantize:
         refuse_quantized(model)
     require_float_type(recipe)
@@ -146,7 +170,8 @@ def quantize_model(
     plan = settle_global(model.graph, settle_nonfinite(model.graph, plan, skip=options.skip_nonfinite))
     calibration = with_constants(model.graph, plan, calibration) if calibration is not None else None
     activations = solve(plan, calibration, recipe.method)
-    weights = quantize_weights(model.graph, plan, calibration)
+    in_order = options.data is not None and runs_in_order(recipe)
+    weights = _weights(model, plan, calibration, options.data if in_order else None)
     target = TARGETS.get(recipe.target)
     bench = Workbench(
         graph=model.graph,
@@ -170,8 +195,33 @@ def quantize_model(
         activations=activations,
         weights=weights,
         passes=passes,
-        notes=(*float_notes(recipe, calibration, given), *bench.notes, *opset_note(lowered, plan.target)),
+        notes=(
+            *float_notes(recipe, calibration, given),
+            *bench.notes,
+            *_order_notes(recipe, in_order=in_order),
+            *opset_note(lowered, plan.target),
+        ),
     )
+
+
+def has_grams(calibration: Calibration) -> bool:
+    """Whether the inputs of layers are known as weight algorithms want them."""
+    return any(stats.gram is not None for stats in calibration.tensors.values())
+
+
+def _weights(model: Model, plan: Plan, calibration: Calibration | None, data: Data | None) -> dict[Site, QArray]:
+    if data is None:
+        return quantize_weights(model.graph, plan, calibration)
+    return quantize_in_order(model, plan, data, calibration)
+
+
+def _order_notes(recipe: Recipe, *, in_order: bool) -> list[str]:
+    if in_order or not runs_in_order(recipe) or recipe.weights is None:
+        return []
+    return [
+        f"{recipe.weights.method} looked at the inputs of the float model's layers, which is what a statistics file "
+        "holds; with --data each layer is quantized behind the quantized ones before it"
+    ]
 
 
 def _accuracy_level(recipe: Recipe) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -62,11 +63,13 @@ class Data:
     Attributes:
         batches: Array by input name; kept while the layers are quantized.
         device: Where the model runs.
+        op_libraries: Libraries of custom operators that it needs.
         progress: Told how many layers are done, and of how many.
     """
 
     batches: Iterable[Batch]
     device: str = "cpu"
+    op_libraries: tuple[Path, ...] = ()
     progress: Callable[[int, int], None] | None = None
 
 
@@ -105,8 +108,8 @@ def quantize_in_order(
     batches = list(data.batches)
     if not batches:
         raise DataError("the data gave no samples", do="a generator that was iterated before is empty the second time")
-    floats = Stream.of(cuts, batches, device=data.device)
-    quantized = Stream.of(cuts, batches, device=data.device, replaced=rounded)
+    where = {"device": data.device, "op_libraries": data.op_libraries}
+    floats, quantized = Stream.of(cuts, batches, **where), Stream.of(cuts, batches, replaced=rounded, **where)
     details, done = wanted_details(model.graph, "gram"), 0
     for tensor in cuts.places:
         stats = _statistics(floats, quantized, tensor, details[tensor])
@@ -151,9 +154,7 @@ def _plus(total: WeightStats, was: Array, now: Array, detail: Detail) -> WeightS
     drift = (wanted - x).astype(np.float64).T @ x.astype(np.float64)
     if total.gram is None or total.channels is None or total.drift is None:
         return WeightStats(gram=gram, channels=channels, drift=drift)
-    return WeightStats(
-        gram=total.gram.merge(gram), channels=total.channels.merge(channels), drift=total.drift + drift
-    )
+    return WeightStats(gram=total.gram.merge(gram), channels=total.channels.merge(channels), drift=total.drift + drift)
 
 
 def _rounded(qarray: QArray) -> Array:

@@ -379,7 +379,7 @@ def test_weights_of_a_large_model_stay_in_their_file(tmp_path, monkeypatch):
     assert (tmp_path / "m.onnx.data").stat().st_size >= 2**20
     batch = {"x": np.ones((2, 512), np.float32)}
     inside = collect(tmp_path / "m.onnx", ["a"], [batch])
-    monkeypatch.setattr(probe, "_IN_MEMORY", 1000)
+    monkeypatch.setattr(probe, "IN_MEMORY", 1000)
     filled = []
     monkeypatch.setattr(FileValues, "chunks", lambda self: filled.append(self) or [])
     outside = collect(load_model(tmp_path / "m.onnx"), ["a"], [batch], CollectOptions(identity=inside.model))
@@ -392,7 +392,7 @@ def test_weights_of_a_large_model_stay_in_their_file(tmp_path, monkeypatch):
 
 def test_a_large_model_in_memory_is_run_from_a_file(monkeypatch):
     """One that was converted or equalized has its weights nowhere else, and is no single message any more."""
-    monkeypatch.setattr(probe, "_IN_MEMORY", 1000)
+    monkeypatch.setattr(probe, "IN_MEMORY", 1000)
     monkeypatch.setattr("qpipe.pipeline.stages.collect._LARGE", 1000)
     opened = []
     original = probe.make_session

@@ -113,7 +113,11 @@ def unable(node: gs.Node, weight: Weight, recipe: Recipe, target: Target) -> str
         return f"the target {target.name} runs no {recipe.weights.format} weights"
     form = form_of(node.op, recipe, target)
     if form in ("qdq", "outlier"):
-        return ""
+        return _unable_blocks(recipe, target) if form == "qdq" else ""
+    if form == "dynamic" and recipe.weights.granularity == "block":
+        return "MatMulInteger has one scale per column, none for blocks: leave out block, or the dynamic activations"
+    if form == "dynamic" and not _is_byte(recipe.weights.format):
+        return f"MatMulInteger takes weights of 8 bits, not {recipe.weights.format}"
     if form == "recurrent":
         return _unable_recurrent(node, recipe.weights)
     if len(weight.shape) != 2:
@@ -136,6 +140,23 @@ def _unable_recurrent(node: gs.Node, weights: WeightOptions) -> str:
     if weights.format != "int8" or weights.granularity == "block" or weights.symmetric is False:
         return "DynamicQuantizeLSTM takes symmetric int8 weights with a scale per channel or tensor"
     return "its sequences lie batch by batch (layout 1), which no kernel takes" if node.attrs.get("layout", 0) else ""
+
+
+def _unable_blocks(recipe: Recipe, target: Target) -> str:
+    """Return why weights in blocks cannot stand beside codes of activations, ``""`` when they can."""
+    weights, activations = recipe.weights, recipe.activations
+    if target.fuses_blocks or weights is None or activations is None or weights.granularity != "block":
+        return ""
+    if not (_is_byte(weights.format) and _is_byte(activations.format or target.activation_format)):
+        return ""
+    return (
+        "ONNX Runtime fuses a product of 8-bit codes whatever its scales, and computes wrong values, or fails, with "
+        "scales in blocks: take granularity channel, or leave activations in float"
+    )
+
+
+def _is_byte(name: str) -> bool:
+    return FORMATS.get(name).is_integer and FORMATS.get(name).bits == 8
 
 
 def table(node: gs.Node, recipe: Recipe) -> Spec | None:

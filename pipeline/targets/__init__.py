@@ -42,6 +42,7 @@ class Target:
         opset_ceiling: Highest opset that the target has kernels for.
         pair_limit: Largest sum of two neighbouring int8 weights of one sign, for kernels that add two products in 16
             bits; 0 where sums do not saturate.
+        fuses_blocks: Whether products of 8-bit codes are right where scales of the weight are in blocks.
         passes: Names of the passes (`TARGET_PASSES`) that rewrite what the plan left in float, for speed.
         evidence: Who is asked what became of a model: a key of `fusion.engines.ENGINES`.
         source: Where the facts come from.
@@ -69,6 +70,7 @@ class Target:
     float32_ops: frozenset[str] = frozenset()
     opset_ceiling: int = 25
     pair_limit: int = 0
+    fuses_blocks: bool = True
     passes: frozenset[str] = frozenset()
     evidence: str = "ort"
     source: str = ""

@@ -56,6 +56,7 @@ def _add(name: str, summary: str, pair_limit: int) -> None:
             # Without a float16 kernel these are taken apart into several operators each, twice the time of float32.
             float32_ops=frozenset({"Softmax", "LogSoftmax", "Gelu", "HardSwish", "Mish", "Softplus", "Celu"}),
             pair_limit=pair_limit,
+            fuses_blocks=False,
             passes=frozenset({"sum_residuals", "floor_masked_softmax"}),
             source="ONNX Runtime 1.31, CPU provider: its optimized graphs and capability table as measured",
             notes=(

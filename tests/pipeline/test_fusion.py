@@ -200,3 +200,31 @@ def test_openvino_is_asked_what_it_runs() -> None:
     assert [fate.verdict for fate in wide.fates] == ["island"]
     assert "int16" in wide.fates[0].reason
     assert wide.fused == 0
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "portable"])
+@pytest.mark.parametrize(
+    ("weights", "dynamic", "reason"),
+    [
+        ({"format": "int8", "granularity": "block", "block_size": 16}, False, "scales in blocks"),
+        ({"format": "int8", "granularity": "block", "block_size": 16}, True, "one scale per column"),
+        ({"format": "int4"}, True, "takes weights of 8 bits, not int4"),
+    ],
+)
+def test_what_the_runtime_would_compute_wrong_stays_in_float(
+    target: str, weights: dict[str, object], dynamic: bool, reason: str
+) -> None:
+    source = model("g (float[4,64] x) => (float[4,32] y) { y = MatMul(x, w) }", w=normal(64, 32))
+    found = quantize(source, target=target, weights=weights, activations={"dynamic": dynamic})
+    assert reason in found.reason("MatMul_0")
+    assert found.plan.quantized() == []
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_the_runtime_still_fuses_blocks_into_a_kernel_that_has_none(size: int) -> None:
+    # When this fails, ONNX Runtime was mended, and `Target.fuses_blocks` of its targets may become true.
+    source = model("g (float[4,64] x) => (float[4,32] y) { y = MatMul(x, w) }", w=normal(64, 32))
+    weights = {"format": "int8", "granularity": "block", "block_size": size}
+    proto = quantize(source, target="openvino", weights=weights).proto
+    (fate,) = asked(proto).fates
+    assert fate.became == "MatMulIntegerToFloat"

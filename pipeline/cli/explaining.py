@@ -96,7 +96,11 @@ def _rows(found: Explanation) -> list[list[str]]:
         fate = fates.get(name)
         quantized = decision.spec is not None
         runs = _runs(fate) if fate is not None and (quantized or fate.verdict != "float") else ""
-        why = fate.reason if fate is not None and fate.verdict == "island" else decision.reason
+        why = (
+            fate.reason
+            if fate is not None and fate.verdict in ("island", "integer") and fate.reason
+            else decision.reason
+        )
         rows.append([name, decision.op, _stored(decision), runs, why])
     return rows
 

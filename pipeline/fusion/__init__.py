@@ -34,7 +34,7 @@ class Fate:
         verdict: One of `VERDICTS`.
         codes: Types of the codes that it reads, e.g. ``uint8 x int8``.
         became: Operator type, or kernel, in the runtime; empty where the node is gone.
-        reason: Why it is an island, or why it is in float; else empty.
+        reason: Why it is an island or in float, or what is wrong with the kernel; else empty.
     """
 
     node: str

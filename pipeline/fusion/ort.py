@@ -20,7 +20,7 @@ from ..graph import Model, clone, save
 from ..runtime import load_onnxruntime
 from ..session import SessionExtras, make_session
 from . import Evidence, Fate, Island, Verdict
-from .ort_reasons import why_island
+from .ort_reasons import why_island, why_wrong
 from .structure import INTEGER, PACKED, Candidate, candidates, describe_codes, nodes_of, pairs
 
 WEIGHTS_ONLY = "only its weight is stored as codes, which become real before it runs"
@@ -153,6 +153,8 @@ def _fate(candidate: Candidate, optimized: Optimized) -> Fate:
     verdict, reason = _verdict(candidate, found, optimized), ""
     if verdict == "island":
         reason = why_island(candidate)
+    elif verdict == "integer":
+        reason = why_wrong(candidate)
     elif verdict == "float":
         reason = WEIGHTS_ONLY if candidate.reads else NO_CODES
     return Fate(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .structure import BYTES, PRODUCTS, Candidate, Port
+from .structure import BYTES, PRODUCTS, Candidate
 
 NEEDS_OUTPUT = frozenset(
     {"Conv", "Add", "Mul", "AveragePool", "GlobalAveragePool", "LeakyRelu", "Sigmoid", "Softmax", "Concat", "Where"}
@@ -35,24 +35,12 @@ def _half(candidate: Candidate) -> str:
     return f"the scale of {other[0].tensor!r} is {other[0].scales}; only float32 scales are fused" if other else ""
 
 
-def _blocks(candidate: Candidate) -> str:
-    other = [p for p in candidate.reads.values() if p.block_size]
-    return f"{other[0].tensor!r} has scales in blocks, which no integer kernel takes" if other else ""
-
-
 def _float_input(candidate: Candidate) -> str:
     slots = range(2) if candidate.node.op in PRODUCTS | {"Add", "Mul"} else range(1)
     for slot in slots:
         if slot < len(candidate.node.inputs) and slot not in candidate.reads:
             return f"its input {candidate.node.inputs[slot].name!r} is float"
     return ""
-
-
-def _axis(candidate: Candidate) -> str:
-    port, allowed = candidate.reads.get(_WEIGHT), _WEIGHT_AXES.get(candidate.node.op)
-    if port is None or port.axis is None or allowed is None or port.axis in allowed:
-        return ""
-    return f"the scales of its weight {port.tensor!r} are along axis {port.axis}, the kernel takes axis {allowed[0]}"
 
 
 def _no_quantizer(candidate: Candidate) -> str:
@@ -64,19 +52,15 @@ def _no_quantizer(candidate: Candidate) -> str:
     return f"its output {output!r} has other readers than the quantizer behind it" if candidate.shared else ""
 
 
-def _kinds(candidate: Candidate) -> str:
-    ports: list[Port] = [candidate.reads[0]] if 0 in candidate.reads else []
-    if candidate.gives is None or not ports or candidate.gives.codes == ports[0].codes:
-        return ""
-    return f"it reads {ports[0].codes} and gives {candidate.gives.codes} codes; its kernel keeps one type"
-
-
-def _bias(candidate: Candidate) -> str:
+def _gemm(candidate: Candidate) -> str:
     node = candidate.node
-    has_bias = node.op in ("Gemm", "Conv") and len(node.inputs) > _BIAS and not node.inputs[_BIAS].is_empty()
-    if not has_bias:
+    if node.op != "Gemm":
         return ""
-    if _BIAS not in candidate.reads:
+    weight = candidate.reads.get(_WEIGHT)
+    if weight is not None and not weight.has_zero:
+        return f"its weight {weight.tensor!r} has no zero point, and the kernel asks for one, 0 or not"
+    has_bias = len(node.inputs) > _BIAS and not node.inputs[_BIAS].is_empty()
+    if has_bias and _BIAS not in candidate.reads:
         return f"its bias {node.inputs[_BIAS].name!r} is float; the kernel takes int32 with scale s_x * s_w"
     return ""
 
@@ -85,12 +69,9 @@ _CONDITIONS: tuple[Callable[[Candidate], str], ...] = (
     _no_kernel,
     _wide,
     _half,
-    _blocks,
     _float_input,
-    _axis,
     _no_quantizer,
-    _kinds,
-    _bias,
+    _gemm,
 )
 
 
@@ -98,3 +79,15 @@ def why_island(candidate: Candidate) -> str:
     """Return the first condition that a node between Q/DQ does not meet."""
     found = next((reason for condition in _CONDITIONS if (reason := condition(candidate))), "")
     return found or "ONNX Runtime left it in float, and no condition known here says why"
+
+
+def why_wrong(candidate: Candidate) -> str:
+    """Return what makes a kernel compute wrong values: it is chosen whatever the scales of the weight are."""
+    port, allowed = candidate.reads.get(_WEIGHT), _WEIGHT_AXES.get(candidate.node.op)
+    if port is None or allowed is None or not port.stored:
+        return ""
+    if port.block_size:
+        return f"WRONG VALUES: the scales of {port.tensor!r} are in blocks, which this kernel does not know"
+    if port.axis is not None and port.axis not in allowed:
+        return f"WRONG VALUES: the scales of {port.tensor!r} are along axis {port.axis}, not along its outputs"
+    return ""

@@ -36,6 +36,7 @@ class Port:
         shape: Of the codes, None when unknown.
         axis: Axis of the scales, None for one scale.
         block_size: Values that share a scale along the axis, 0 where that is not so.
+        has_zero: Whether the file gives zero points at all.
         centred: Whether every zero point is 0; None when it is computed.
     """
 
@@ -46,6 +47,7 @@ class Port:
     shape: tuple[int | str | None, ...] | None
     axis: int | None
     block_size: int
+    has_zero: bool
     centred: bool | None
 
 
@@ -122,6 +124,7 @@ def port_of(node: gs.Node) -> Port:
         shape=None if codes.shape is None else tuple(codes.shape),
         axis=int(node.attrs.get("axis", 1)) if per_axis else None,
         block_size=int(node.attrs.get("block_size", 0)),
+        has_zero=len(node.inputs) > 2 and not node.inputs[2].is_empty(),
         centred=_centred(node),
     )
 

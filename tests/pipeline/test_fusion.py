@@ -228,3 +228,35 @@ def test_the_runtime_still_fuses_blocks_into_a_kernel_that_has_none(size: int) -
     proto = quantize(source, target="openvino", weights=weights).proto
     (fate,) = asked(proto).fates
     assert fate.became == "MatMulIntegerToFloat"
+    assert fate.reason.startswith("WRONG VALUES")
+    assert asked(product(axis=0)).fates[0].reason.startswith("WRONG VALUES")
+
+
+@pytest.mark.parametrize(
+    ("gemm", "reason"),
+    [
+        ("v = DequantizeLinear<axis=1>(w, t) y = Gemm(d, v)", "its weight 'w' has no zero point"),
+        ("v = DequantizeLinear<axis=1>(w, t, o) y = Gemm<alpha=2.0>(d, v)", ""),
+        ("v = DequantizeLinear<axis=1>(w, t, o) y = Gemm(d, v, b)", "its bias 'b' is float"),
+        ("v = DequantizeLinear<axis=1>(w, t, o) y = Gemm(d, v)", ""),
+    ],
+)
+def test_a_gemm_is_a_kernel_under_conditions(gemm: str, reason: str) -> None:
+    body = f"g (float[2,4] x) => (float[2,6] y) {{ q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) {gemm} }}"
+    held = {"s": SCALE, "z": ZERO, "w": np.arange(24).reshape(4, 6).astype(np.int8), "t": scales(6)}
+    held |= {"o": np.zeros(6, np.int8)} if "(w, t, o)" in gemm else {}
+    held |= {"b": normal(6)} if ", b)" in gemm else {}
+    (fate,) = asked(model(body, **held)).fates
+    assert fate.verdict == ("island" if reason else "integer")
+    assert fate.reason.startswith(reason)
+    assert bool(fate.reason) == bool(reason)
+
+
+@pytest.mark.parametrize("slot", [0, 1])
+def test_an_operator_with_one_float_input_is_an_island(slot: int) -> None:
+    body = f"""g (float[2,4] x, float[2,4] r) => (float[2,4] y) {{
+      q = QuantizeLinear(x, s, z)  d = DequantizeLinear(q, s, z)
+      a = Add({"r, d" if slot == 0 else "d, r"})  e = QuantizeLinear(a, s, z)  y = DequantizeLinear(e, s, z)
+    }}"""
+    (fate,) = asked(model(body, s=SCALE, z=ZERO)).fates
+    assert (fate.verdict, fate.reason) == ("island", "its input 'r' is float")

@@ -52,7 +52,7 @@ def expose(proto: ModelProto, tensors: Sequence[str], inside: Collection[str] = 
     produced = {name for node in graph.node for name in node.output}
     definitions = Counter(name for name in _topological(graph) if name)
     functions = {name: f.name for f in proto.functions for node in f.node for name in node.output}
-    lifter = _Lifter({*definitions, *initializers, *inputs})
+    lifter, homes = _Lifter({*definitions, *initializers, *inputs}), _homes(graph)
     present = {entry.name for entry in graph.output}
     for name in sorted(dict.fromkeys(tensors), key=lambda name: place.get(name, len(place))):
         found.order.append(name)
@@ -66,7 +66,7 @@ def expose(proto: ModelProto, tensors: Sequence[str], inside: Collection[str] = 
             found.not_covered[name] = "it is a constant"
         elif definitions[name] > 1:
             found.not_covered[name] = "several bodies of If, Loop or Scan have a tensor of that name"
-        elif name in definitions and (carried := lifter.lift(graph, name)):
+        elif name in definitions and (carried := lifter.lift(graph, homes, name)):
             found.outputs[name] = carried
             found.lifted.add(name)
         elif name in functions:
@@ -93,25 +93,43 @@ def _bodies(node: NodeProto) -> Iterator[GraphProto]:
             yield attribute.g
 
 
+@dataclass(slots=True)
+class _Home:
+    """Where a tensor that a body defines is: a node of a graph, one of its bodies, and what that body has inside."""
+
+    node: NodeProto
+    body: GraphProto
+    inside: dict[str, _Home]
+
+
+def _homes(graph: GraphProto) -> dict[str, _Home]:
+    """Return the home of every tensor that the bodies below a graph define; all graphs are walked once."""
+    found: dict[str, _Home] = {}
+    for node in graph.node:
+        for body in _bodies(node):
+            inside = _homes(body)
+            home = _Home(node, body, inside)
+            names = [name for inner in body.node for name in inner.output]
+            found.update(dict.fromkeys([*inside, *names], home))
+    return found
+
+
 class _Lifter:
     def __init__(self, taken: set[str]) -> None:
         self._taken = taken
         self._serial = itertools.count()
         self.refusal = ""
 
-    def lift(self, graph: GraphProto, name: str) -> str | None:
+    def lift(self, graph: GraphProto, homes: dict[str, _Home], name: str) -> str | None:
         """Return the name in ``graph`` of a tensor that carries ``name`` from a body below; None where none can."""
-        for index, node in enumerate(graph.node):
-            for body in _bodies(node):
-                if name not in set(_topological(body)):
-                    continue
-                if node.op_type not in _CARRIERS or node.domain not in ("", "ai.onnx"):
-                    self.refusal = f"it is inside a body of {node.op_type} {node.name!r}"
-                    return None
-                is_direct = any(name in inner.output for inner in body.node)
-                inner_name = self._flatten(body, name) if is_direct else self.lift(body, name)
-                return inner_name and _CARRIERS[node.op_type](self, graph, index, body, inner_name)
-        return None
+        home = homes[name]
+        node, body = home.node, home.body
+        if node.op_type not in _CARRIERS or node.domain not in ("", "ai.onnx"):
+            self.refusal = f"it is inside a body of {node.op_type} {node.name!r}"
+            return None
+        is_direct = name not in home.inside
+        inner_name = self._flatten(body, name) if is_direct else self.lift(body, home.inside, name)
+        return inner_name and _CARRIERS[node.op_type](self, graph, node, body, inner_name)
 
     def fresh(self, kind: str) -> str:
         """Return an unused name."""
@@ -130,21 +148,19 @@ class _Lifter:
         )
         return flat
 
-    def through_if(self, graph: GraphProto, index: int, body: GraphProto, name: str) -> str:
+    def through_if(self, _graph: GraphProto, node: NodeProto, body: GraphProto, name: str) -> str:
         """Hand ``name`` out of the branch ``body``, and nothing out of the other one."""
-        node = graph.node[index]
         for branch in _bodies(node):
             out = name
-            if branch is not body and branch != body:
+            if branch is not body:
                 out = self.fresh("empty")
                 branch.node.append(_constant(out, TensorProto.FLOAT, [0], []))
             branch.output.append(_flat_info(out))
         node.output.append(self.fresh("if"))
         return node.output[-1]
 
-    def through_loop(self, graph: GraphProto, index: int, body: GraphProto, name: str) -> str:
+    def through_loop(self, graph: GraphProto, node: NodeProto, body: GraphProto, name: str) -> str:
         """Append ``name`` of each iteration to a tensor that the Loop carries."""
-        node = graph.node[index]
         start, before, after, out = (self.fresh(kind) for kind in ("start", "before", "after", "loop"))
         carried = len(node.input) - 2
         body.input.append(_flat_info(before))
@@ -153,12 +169,11 @@ class _Lifter:
         node.input.append(start)
         node.output.extend("" for _ in range(carried - len(node.output)))
         node.output.insert(carried, out)
-        graph.node.insert(index, _constant(start, TensorProto.FLOAT, [0], []))
+        graph.node.insert(0, _constant(start, TensorProto.FLOAT, [0], []))
         return out
 
-    def through_scan(self, graph: GraphProto, index: int, body: GraphProto, name: str) -> str:
+    def through_scan(self, _graph: GraphProto, node: NodeProto, body: GraphProto, name: str) -> str:
         """Stack ``name`` of all iterations."""
-        node = graph.node[index]
         body.output.append(_flat_info(name))
         node.output.append(self.fresh("scan"))
         for attribute in node.attribute:

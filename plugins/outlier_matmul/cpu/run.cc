@@ -8,8 +8,10 @@
 namespace qpipe::outlier_matmul {
 namespace {
 
-constexpr int64_t kTileRows = 64;
-constexpr int64_t kTileStrips = 4;         // sums of a tile: 64 x 64 x 4 = 16 KiB; y is written 256 bytes at a time
+constexpr int64_t kTileRows = 32;
+constexpr int64_t kTileStrips = 16;        // sums of a tile: 32 x 256 x 4 = 32 KiB; y is written 1 KiB at a time
+constexpr int64_t kTaskStrips = 4;         // strips of a task, at least
+constexpr int64_t kEnoughTasks = 8;        // from here on a task takes whole tiles: narrow ones write y in small pieces
 constexpr int64_t kTileColumns = kTileStrips * kStripColumns;
 constexpr int64_t kTaskRows = 256;         // rows that pass by a strip while it stays in the second-level cache
 constexpr int64_t kTaskWork = 512 * 1024;  // multiply-adds per parallel task, at least
@@ -124,8 +126,10 @@ int64_t Run::quantize_tasks() const {
 
 int64_t Run::strips_per_task() const {
     const int64_t work = kStripColumns * extents.inputs_padded * std::min(extents.rows, kTaskRows);
-    const int64_t wanted = round_up(kTaskWork / std::max<int64_t>(work, 1), kTileStrips);
-    return std::clamp(wanted, kTileStrips, weights.columns / kStripColumns + kTileStrips);
+    const int64_t strips = weights.columns / kStripColumns;
+    const bool whole_tiles = divide_up(strips, kTileStrips) * row_tasks() >= kEnoughTasks;
+    const int64_t least = whole_tiles ? kTileStrips : kTaskStrips;
+    return std::clamp(round_up(kTaskWork / std::max<int64_t>(work, 1), least), least, strips + least);
 }
 
 int64_t Run::column_tasks() const { return divide_up(weights.columns / kStripColumns, strips_per_task()); }

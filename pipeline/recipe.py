@@ -174,14 +174,15 @@ class OutlierOptions(_Part):
         cap: Most columns per layer; the largest are kept.
         headroom: A value beyond this many times the largest calibrated one of its column counts as a new outlier and is
             computed with two digits; 0 never looks.
-        min_inputs: Layers with fewer inputs are left alone.
+        min_inputs: Layers with fewer inputs stay in float: there, rows cost more to quantize than int8 gains. Float and
+            int8 break even at about 128 inputs (``tests/bench/outlier_matmul.py --shapes 64x64 128x128 128x512``).
     """
 
     threshold: float = Field(default=20.0, gt=0)
     absolute: bool = False
     cap: int = Field(default=16, ge=0, le=1024)
     headroom: float = Field(default=2.0, ge=0)
-    min_inputs: int = Field(default=64, ge=1)
+    min_inputs: int = Field(default=128, ge=1)
 
     @property
     def looks_at_data(self) -> bool:

@@ -49,7 +49,7 @@ def test_minilm_keeps_its_neighbours(folder: Path) -> None:
 def test_planted_outliers_ruin_a_shared_scale_and_not_outlier_columns(folder: Path) -> None:
     gpt = rows("tiny_gpt+outliers", folder, "w8a8", "w8a8-outlier")
     assert gpt["w8a8-outlier"].metrics["perplexity"] <= 1.005 * gpt["float"].metrics["perplexity"]
-    assert gpt["w8a8"].metrics["perplexity"] > 1.02 * gpt["float"].metrics["perplexity"]
+    assert gpt["w8a8"].metrics["perplexity"] > 1.05 * gpt["float"].metrics["perplexity"]
     encoder = rows("minilm+outliers", folder, "w8a8", "w8a8-outlier")
     assert encoder["w8a8-outlier"].metrics["cosine_mean"] >= 0.999
     assert encoder["w8a8"].metrics["cosine_mean"] < 0.97

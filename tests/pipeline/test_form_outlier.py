@@ -227,9 +227,15 @@ def test_a_layer_that_does_not_fit_stays_float_with_a_reason(kind: str) -> None:
     assert "OutlierMatMul" not in done.ops()
 
 
+def test_by_default_layers_that_cannot_gain_stay_float() -> None:
+    done = quantize(net(), calibration=statistics(net(), loud_batches()), scheme="w8a8-outlier")
+    assert "only 96 inputs" in done.reason("MatMul_0")
+
+
 def test_without_magnitudes_per_channel_the_remedy_is_named() -> None:
     proto = net()
-    done = quantize(proto, calibration=calibrate(proto, loud_batches()), scheme="w8a8-outlier")
+    known = calibrate(proto, loud_batches())
+    done = quantize(proto, calibration=known, scheme="w8a8-outlier", outliers={"min_inputs": 64})
     assert "--detail channels" in done.reason("MatMul_0")
 
 

@@ -83,7 +83,7 @@ def kernels(proto: onnx.ModelProto, folder: Path) -> Counter[str]:
 EXPECTED: dict[str, tuple[int, float, dict[str, int]]] = {
     "w8a8": (21, 33, {"QLinearMatMul": 1, "QLinearConv": 1, "QGemm": 1}),
     "w8a8-dynamic": (21, 33, {"DynamicQuantizeMatMul": 2, "Conv": 1}),
-    "w8a8-vector": (21, 33, {"OutlierMatMul": 2, "Conv": 1}),
+    "w8a8-vector": (21, 33, {"OutlierMatMul": 1, "MatMul": 1, "Conv": 1}),  # 64 inputs are too few to gain
     "w8": (21, 38, {"MatMul": 1, "DequantizeLinear": 3}),
     "w4": (21, 14, {"MatMulNBits": 2, "DequantizeLinear": 1}),
     "w4-nf4": (21, 14, {"MatMulBnb4": 2, "Conv": 1}),
@@ -199,7 +199,7 @@ def test_vector_wise_scales_are_one_per_row_and_column() -> None:
     """X s_x [tokens, 1] and W s_w [1, out], both of the largest magnitude over 127; no statistics are asked for."""
     w = normal(64, 16) * np.exp(normal(16))
     plain = model("g (float[N,64] x) => (float[N,16] y) { y = MatMul(x, w) }", w=w.astype(np.float32))
-    found = quantize(plain, scheme="w8a8-vector")
+    found = quantize(plain, scheme="w8a8-vector", outliers={"cap": 0, "headroom": 0.0, "min_inputs": 64})
     assert found.ops() == {"OutlierMatMul": 1}
     x = (normal(6, 64, seed=1) * np.exp(3 * normal(6, 1, seed=2))).astype(np.float32)
     s_x, s_w = np.abs(x).max(1, keepdims=True) / 127, np.abs(w).max(0, keepdims=True) / 127

@@ -31,4 +31,5 @@ def statistics(proto: onnx.ModelProto, batches: list[dict[str, np.ndarray]], lev
 
 def outlier(proto: onnx.ModelProto, batches: list[dict[str, np.ndarray]], **recipe: object) -> object:
     found = statistics(proto, batches)
-    return quantize(proto, calibration=found, scheme="w8a8-outlier", **recipe)
+    options = {"min_inputs": 64, **recipe.pop("outliers", {})}
+    return quantize(proto, calibration=found, scheme="w8a8-outlier", outliers=options, **recipe)

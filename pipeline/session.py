@@ -137,6 +137,9 @@ def session_options(
         config["session.disable_prepacking"] = "1"
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # else all constants are computed first, and held
         options.enable_cpu_mem_arena = False
+        if exact:
+            # A DequantizeLinear with several readers is doubled otherwise, and its doubles come after all constants.
+            config["session.disable_quant_qdq"] = "1"
     for key, value in config.items():
         options.add_session_config_entry(key, value)
     for library in extras.op_libraries:

@@ -309,3 +309,31 @@ def test_a_tensor_that_would_be_far_too_large_when_computed_is_left_alone(tmp_pa
 
     assert in_child(limited) == 0
     assert "ConstantOfShape" in {node.op_type for node in onnx.load(tmp_path / "q.onnx").graph.node}
+
+
+_RUN = """
+import re, sys
+from pathlib import Path
+import numpy as np
+from qpipe.pipeline.session import SessionExtras, make_session
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+session = make_session(Path(sys.argv[1]), exact=True, extras=SessionExtras(mapped=sys.argv[2] == "mapped"))
+before = peak()
+session.run(None, {"h0": np.ones((2, 1024), np.float32)})
+print(1024 * (peak() - before))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of memory")
+def test_weights_are_dequantized_one_after_the_other_when_they_are_mapped(tmp_path: Path) -> None:
+    """40 weights of 4 MiB in float: held together where nothing is asked for, a few at a time where that is asked."""
+    pytest.importorskip("onnxruntime")
+    source = write_model(tmp_path / "m.onnx", [(1024, 1024)] * 40)
+    arguments = ["-o", str(tmp_path / "q.onnx"), "-q", "--target", "portable", "--scheme", "w8"]
+    assert main(["quantize", str(source), *arguments]) == 0
+    grown = {}
+    for kind in ("plain", "mapped"):
+        command = [sys.executable, "-c", _RUN, str(tmp_path / "q.onnx"), kind]
+        grown[kind] = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert grown["mapped"] < 64 * 2**20 < grown["plain"]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..stages.explain import Explanation
 
 _SEVERAL = re.compile(r"'[^']*'|(?<=quantizer of )\S+")
-_DYNAMIC = "_quant"
+_REPLACED = re.compile(r"_(quant|OutlierMatMul)$")
 """End of the name of an integer product that took the place of a float one."""
 
 
@@ -63,12 +63,13 @@ def _head(file: Path, found: Explanation) -> list[str]:
 
     evidence, counts = found.evidence, found.evidence.counts()
     kind = "quantized" if found.plan is None else "float; what quantizing it would give"
-    kernels = counts["integer"] + counts["packed"]
     lines = [f"{file}: {kind}, target {found.target}", f"by {evidence.source}"]
     if found.random:
         lines.append("scales are of random numbers here: they do not change what fuses (--calib takes real ones)")
     lines.append(
-        f"{kernels} integer kernels{_by_kernel(evidence)}; {counts['codes']} other nodes on codes; "
+        f"{counts['integer']} integer kernels{_by_kernel(evidence, 'integer')}; "
+        f"{counts['packed']} kernels on packed weights{_by_kernel(evidence, 'packed')}; "
+        f"{counts['codes']} other nodes on codes; "
         f"{counts['merged']} merged into neighbours; {counts['island']} left between Q/DQ"
     )
     if evidence.pairs and evidence.measured:
@@ -79,10 +80,10 @@ def _head(file: Path, found: Explanation) -> list[str]:
     return lines + [f"rewritten for {found.target}: {line}" for line in describe_passes(found.passes)]
 
 
-def _by_kernel(evidence: Evidence) -> str:
+def _by_kernel(evidence: Evidence, verdict: str) -> str:
     from collections import Counter
 
-    kinds = Counter(fate.became for fate in evidence.fates if fate.verdict in ("integer", "packed"))
+    kinds = Counter(fate.became for fate in evidence.fates if fate.verdict == verdict)
     return f" ({', '.join(f'{name} {n}' for name, n in kinds.most_common())})" if kinds else ""
 
 
@@ -120,7 +121,7 @@ def _fates(found: Explanation) -> dict[str, Fate]:
 
 
 def _plain(name: str) -> str:
-    return name.removesuffix(_DYNAMIC)
+    return _REPLACED.sub("", name)
 
 
 def _runs(fate: Fate) -> str:

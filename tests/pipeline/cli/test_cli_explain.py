@@ -130,3 +130,20 @@ def test_a_model_that_random_numbers_do_not_run_asks_for_statistics(folder: Path
     done = run("explain", "odd.onnx")
     assert done.code == 4
     assert "qpipe calibrate odd.onnx --data DATA -o model.qcal" in done.err
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kernel"), [("w8a8-outlier", "integer kernel: OutlierMatMul"), ("w8", "kernel on packed weights")]
+)
+def test_operators_that_take_the_place_of_others_go_by_their_names(
+    folder: Path, run: Run, scheme: str, kernel: str
+) -> None:
+    body = '<ir_version: 8, opset_import: ["": 17]> small (float[N,64] x) => (float[N,64] y) { y = MatMul(x, w) }'
+    proto = onnx.parser.parse_model(body)
+    weight = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
+    proto.graph.node[0].name = "layer"
+    onnx.save(proto, folder / "one.onnx")
+    done = run("explain", "one.onnx", "layer", "--scheme", scheme)
+    assert done.code == 0, done.err
+    assert kernel in done.out

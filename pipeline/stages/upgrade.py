@@ -86,6 +86,7 @@ def _converted(model: Model, proto: ModelProto, opset: int) -> ModelProto:
     # Before IR version 4 weights had to be inputs too; since then it says that they may be overridden.
     inputs = {entry.name for entry in proto.graph.input if model.ir_version >= _INPUTS_FREE_IR}
     functions = list(proto.functions)
+    border = {entry.name: entry.type for entry in [*proto.graph.input, *proto.graph.output]}
     _list_weights_as_inputs(proto)
     try:
         result = onnx.version_converter.convert_version(proto, opset)
@@ -96,6 +97,8 @@ def _converted(model: Model, proto: ModelProto, opset: int) -> ModelProto:
     kept = [value for value in result.graph.input if value.name not in weights]
     del result.graph.input[:]
     result.graph.input.extend(kept)
+    for entry in (entry for entry in [*result.graph.input, *result.graph.output] if entry.name in border):
+        entry.type.CopyFrom(border[entry.name])  # The converter gives free dimensions names of its own.
     result.ir_version = max(model.ir_version, _INPUTS_FREE_IR)
     result.functions.extend(functions)
     _rename_new(result.graph, known, itertools.count(), {})

@@ -14,19 +14,21 @@ from qpipe.calibrate.stats.histogram import Histogram
 from qpipe.pipeline import graph
 from qpipe.pipeline.calibration import Calibration, TensorStats
 from qpipe.pipeline.recipe import make_recipe
+from qpipe.pipeline.stages.collect import CollectOptions, collect
 from qpipe.pipeline.stages.decide import wanted_tensors
 from qpipe.pipeline.stages.prepare import prepare
 from qpipe.pipeline.stages.quantize import quantize_model
 from quantizing import normal
 
+SHAPE = [1, 4, 2, 2]
+
 
 def built(nodes: list[onnx.NodeProto], last: str, **weights: Any) -> onnx.ModelProto:
-    shape = [1, 4, 2, 2]
     inner = helper.make_graph(
         nodes,
         "g",
-        [helper.make_tensor_value_info("x", 1, shape)],
-        [helper.make_tensor_value_info(last, 1, shape)],
+        [value("x")],
+        [value(last)],
         [numpy_helper.from_array(array, name) for name, array in weights.items()],
     )
     return helper.make_model(inner, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -64,6 +66,21 @@ def moves(count: int) -> onnx.ModelProto:
     return built([*nodes, helper.make_node("Conv", [last, "w"], ["y"])], "y", w=normal(4, 4, 1, 1))
 
 
+def inside_a_branch(count: int) -> onnx.ModelProto:
+    """The chain as one branch of an If."""
+    inner = chain(count).graph
+    other = helper.make_graph([helper.make_node("Identity", ["x"], ["same"])], "else", [], [value("same")])
+    then = helper.make_graph(list(inner.node), "then", [], [inner.output[0]])
+    node = helper.make_node("If", ["flag"], ["y"], then_branch=then, else_branch=other)
+    flag = helper.make_tensor_value_info("flag", onnx.TensorProto.BOOL, [])
+    outer = helper.make_graph([node], "g", [inner.input[0], flag], [value("y")], list(inner.initializer))
+    return helper.make_model(outer, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def value(name: str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, SHAPE)
+
+
 def steps(work: Callable[[], Any]) -> int:
     """Number of calls, of Python functions and of built-in ones."""
     count = 0
@@ -87,8 +104,25 @@ def quantized(source: onnx.ModelProto) -> int:
     return steps(lambda: quantize_model(prepare(graph.from_proto(source)), recipe, statistics))
 
 
-@pytest.mark.parametrize("build", [chain, fan, moves])
+@pytest.mark.parametrize("build", [chain, fan, moves, inside_a_branch])
 def test_twice_the_nodes_take_twice_the_steps(build: Callable[[int], onnx.ModelProto]) -> None:
     quantized(build(20))  # what is done once is done now
     small, large = quantized(build(150)), quantized(build(300))
+    assert large < 2.2 * small
+
+
+def collected(source: onnx.ModelProto, *, native: bool) -> int:
+    names = wanted_tensors(prepare(graph.from_proto(source)).graph)
+    batch = {"x": np.zeros(SHAPE, np.float32), "flag": np.array(True)}
+    batch = {entry.name: batch[entry.name] for entry in source.graph.input}
+    return steps(lambda: collect(source, names, [batch], CollectOptions(native=native, threads=1)))
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("build", [chain, fan, moves, inside_a_branch])
+def test_twice_the_nodes_take_twice_the_steps_to_calibrate(
+    build: Callable[[int], onnx.ModelProto], native: bool
+) -> None:
+    collected(build(20), native=native)
+    small, large = collected(build(150), native=native), collected(build(300), native=native)
     assert large < 2.2 * small

@@ -207,6 +207,15 @@ def test_an_opset_that_the_target_has_no_kernels_for_is_lowered(opset: int) -> N
     run(found.proto, random_batches(source)[0])
 
 
+def test_the_interface_stays_when_operators_are_converted() -> None:
+    """The converter gives free dimensions names."""
+    source = model("g (float[2,4] x) => (float[N] y) { h = MatMul(x, w)  y = Unique(h) }", opset=NEWEST, w=normal(4, 4))
+    source.graph.output[0].type.tensor_type.shape.dim[0].Clear()
+    found = quantize(source, calibration=statistics(source, opset=25))
+    assert versions(found)[0] == 25
+    assert signature(found.proto) == signature(source)
+
+
 def test_an_opset_that_cannot_be_lowered_stays_and_is_said() -> None:
     """Inside a function an operator that changed cannot be converted."""
     assert onnx.defs.get_schema("QuantizeLinear").since_version > TARGETS.get("ort-cpu").opset_ceiling

@@ -65,6 +65,7 @@ class SessionExtras:
         plugin: Register qpipe's own plugin library when it is built.
         mapped: Leave weights in their files: nothing is packed, and what depends on weights only is computed when it
             is read and let go afterwards. Only an *exact* session folds no copies of them beforehand.
+        ragged: Inputs change shape from run to run: keep no plan of the memory per shape.
         optimized_model: Where ONNX Runtime writes the graph it actually runs, None for nowhere.
     """
 
@@ -72,6 +73,7 @@ class SessionExtras:
     op_libraries: tuple[Path, ...] = ()
     plugin: bool = True
     mapped: bool = False
+    ragged: bool = False
     optimized_model: Path | None = None
 
 
@@ -130,6 +132,7 @@ def session_options(
         options.intra_op_num_threads = threads
     if exact:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.enable_mem_pattern = not extras.ragged
     if extras.optimized_model is not None:
         options.optimized_model_filepath = str(extras.optimized_model)
     config = {ACCURACY_KEY: EXACT_ACCURACY_LEVEL if exact else DEPLOYED_ACCURACY_LEVEL, **extras.config}

@@ -23,7 +23,7 @@ U16 = npt.NDArray[np.uint16]
 
 BINS = 65536
 _PAGE = 128
-_CHUNK = 1 << 18  # values per pass: their bin numbers (2 MiB) stay cached, a pass over all counters is spread thin
+_CHUNK = 1 << 16  # values per pass: their bin numbers (512 KiB) and the counters stay cached
 _SIGN = 0x8000
 _ALL_LOW_BITS = 0xFFFF
 

@@ -2,6 +2,7 @@
 // Also the functions by which Python reads the counters (ctypes).
 #include <algorithm>
 #include <cstring>
+#include <thread>
 
 #include "../common/ort_op.h"
 #include "../outlier_matmul/cpu/lanes.h"
@@ -22,8 +23,8 @@ struct Call {
     ElementType type;
     float sentinel;
     const char* values;
-    int64_t size, channels, parts;
-    State* state;
+    int64_t size, channels;
+    std::vector<Table*> tables;  // one per part
     std::vector<float> widened;  // 16-bit input as float32, only when channels are wanted
     Channels run;
 };
@@ -32,10 +33,9 @@ size_t element_size(ElementType type) { return type == outlier_matmul::kFloat32 
 
 void count_part(Call& call, int64_t part) {
     constexpr int64_t kChunk = 4096;
-    const int64_t first = call.size * part / call.parts, last = call.size * (part + 1) / call.parts;
-    // Taken only while the part is under way: a tensor has as many tables as threads ever counted it at a time.
-    const State::Loan loan(*call.state);
-    Table& table = loan.table;
+    const auto parts = static_cast<int64_t>(call.tables.size());
+    const int64_t first = call.size * part / parts, last = call.size * (part + 1) / parts;
+    Table& table = *call.tables[static_cast<size_t>(part)];
     if (call.type == outlier_matmul::kFloat32) {
         table.count(reinterpret_cast<const float*>(call.values) + first, last - first, call.sentinel);
         return;
@@ -85,17 +85,22 @@ class CpuKernel : public Kernel {
         if (counted != nullptr) *static_cast<int64_t*>(counted) = x.size();
         if (x.size() == 0) return nullptr;
         const int64_t channels = channels_ != 0 && x.rank() > 0 ? x.shape.back() : 0;
-        const int64_t parts = std::clamp(x.size() / kTaskValues, int64_t{1}, kMaxTasks);
-        Call call{lane_, type_, sentinel_, x.as<char>(), x.size(), channels, parts, state_.get(), {}, {}};
+        Call call{lane_, type_, sentinel_, x.as<char>(), x.size(), channels, {}, {}, {}};
         QPIPE_RETURN_IF(count(context, call));
         return call.channels > 0 ? sum(context, call) : nullptr;
     }
 
   private:
     OrtStatus* count(const OrtKernelContext* context, Call& call) {
-        return parallel(context, call.parts, call, [](void* data, size_t part) {
+        // No more parts than threads, and their tables at once: what a tensor takes does not depend on the scheduler.
+        static const int64_t most = std::clamp(int64_t{std::thread::hardware_concurrency()}, int64_t{1}, kMaxTasks);
+        const int64_t parts = std::clamp(call.size / kTaskValues, int64_t{1}, most);
+        call.tables = state_->take(static_cast<size_t>(parts));
+        OrtStatus* status = parallel(context, parts, call, [](void* data, size_t part) {
             count_part(*static_cast<Call*>(data), static_cast<int64_t>(part));
         });
+        state_->give_back(call.tables);
+        return status;
     }
 
     OrtStatus* sum(const OrtKernelContext* context, Call& call) {

@@ -14,6 +14,7 @@ On CUDA the counters travel as a tensor instead (``RangeStats``, kernel.cu).
 from __future__ import annotations
 
 import ctypes
+import functools
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -143,6 +144,7 @@ def _pointer(array: np.ndarray) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
+@functools.cache
 def _functions() -> ctypes.CDLL:
     lib = library()
     key, pointer = ctypes.c_int64, ctypes.c_void_p

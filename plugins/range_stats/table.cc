@@ -193,20 +193,24 @@ void Table::clear() {
     extrema_ = {};
 }
 
-Table& State::take() {
+std::vector<Table*> State::take(size_t count) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (idle_.empty()) {
-        tables_.push_back(std::make_unique<Table>());
-        return *tables_.back();
+    std::vector<Table*> taken;
+    while (taken.size() < count) {
+        if (idle_.empty()) {
+            tables_.push_back(std::make_unique<Table>());
+            idle_.push_back(tables_.back().get());
+        }
+        taken.push_back(idle_.back());
+        idle_.pop_back();
     }
-    Table& table = *idle_.back();
-    idle_.pop_back();
-    return table;
+    return taken;
 }
 
-void State::give_back(Table& table) {
+void State::give_back(const std::vector<Table*>& tables) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    idle_.push_back(&table);  // the last one is taken first: its counters are in the cache
+    // In reverse: the next run takes them in the same order, and finds its counters in its cache.
+    idle_.insert(idle_.end(), tables.rbegin(), tables.rend());
 }
 
 void State::add_channels(const Channels& run) {

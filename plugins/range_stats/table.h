@@ -55,22 +55,11 @@ struct Channels {
     int64_t tokens = 0;
 };
 
-// All that is known of one tensor.
+// All that is known of one tensor. Runs take tables, fill them and give them back.
 class State {
   public:
-    // A table for one thread to fill, given back at the end of the block.
-    class Loan {
-      public:
-        explicit Loan(State& state) : table(state.take()), state_(state) {}
-        ~Loan() { state_.give_back(table); }
-        Loan(const Loan&) = delete;
-        Loan& operator=(const Loan&) = delete;
-        Table& table;
-
-      private:
-        State& state_;
-    };
-
+    std::vector<Table*> take(size_t count);
+    void give_back(const std::vector<Table*>& tables);
     void add_channels(const Channels& run);
 
     void read(int64_t* dense, Extrema& extrema) const;
@@ -79,9 +68,6 @@ class State {
     void clear_channels();
 
   private:
-    Table& take();
-    void give_back(Table& table);
-
     mutable std::mutex mutex_;
     std::vector<std::unique_ptr<Table>> tables_;
     std::vector<Table*> idle_;

@@ -68,7 +68,8 @@ class WeightOptions(_Part):
         block_size: Values per block when the granularity is ``block``.
         symmetric: Zero point at the middle of the codes; None means symmetric, except for blocks of 4 bits and less
             where the target has zero points.
-        narrow_range: Leave out the lowest code of a symmetric signed format, so that codes are symmetric too.
+        narrow_range: Leave out the lowest code of a symmetric signed format, so that codes are symmetric too; None does
+            so from 5 bits on, below which every code counts.
         reduce_bits: Bits given up for kernels that saturate; None lets the target limit pairs of codes instead.
         algorithm: Weight algorithm that picks the codes, ``rtn`` when None; ``auto`` takes ``gptq`` where the inputs of
             layers are known (--data, or statistics with --detail gram), ``rtn_mse`` elsewhere.
@@ -83,7 +84,7 @@ class WeightOptions(_Part):
     granularity: Literal["tensor", "channel", "block", "model"] = "channel"
     block_size: int = Field(default=32, ge=1)
     symmetric: bool | None = None
-    narrow_range: bool = True
+    narrow_range: bool | None = None
     reduce_bits: int | None = Field(default=None, ge=0, le=7)
     algorithm: str | None = None
     sequential: bool = True
@@ -120,11 +121,12 @@ class WeightOptions(_Part):
         symmetric = self.symmetric
         if symmetric is None:
             symmetric = not (has_zero_points and fmt.is_integer and fmt.bits <= 4 and granularity.block_size)
+        narrow = fmt.bits > 4 if self.narrow_range is None else self.narrow_range
         return Spec(
             format=fmt,
             granularity=granularity,
             symmetric=symmetric,
-            narrow_range=self.narrow_range and symmetric and fmt.is_integer and fmt.is_signed,
+            narrow_range=narrow and symmetric and fmt.is_integer and fmt.is_signed,
             reduce_bits=(self.reduce_bits or 0) if fmt.is_integer else 0,
             pair_limit=pair_limit if fmt.name == "int8" and self.reduce_bits is None and symmetric else 0,
         )

@@ -139,7 +139,7 @@ class Stream:
         mapped, folder = part.nbytes > IN_MEMORY, place_weights(part)
         if folder is not None:
             config["session.model_external_initializers_file_folder_path"] = str(folder)
-        extras = SessionExtras(config=config, op_libraries=self.op_libraries, mapped=mapped)
+        extras = SessionExtras(config=config, op_libraries=self.op_libraries, mapped=mapped, plugin=False)
         session = make_session(part.proto, exact=mapped, device=self.device, extras=extras)
         inputs = [entry.name for entry in session.get_inputs()]
 

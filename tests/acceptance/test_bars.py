@@ -53,3 +53,25 @@ def test_planted_outliers_ruin_a_shared_scale_and_not_outlier_columns(folder: Pa
     encoder = rows("minilm+outliers", folder, "w8a8", "w8a8-outlier")
     assert encoder["w8a8-outlier"].metrics["cosine_mean"] >= 0.999
     assert encoder["w8a8"].metrics["cosine_mean"] < 0.97
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_gptq_halves_what_four_bits_cost_tiny_gpt(folder: Path, symmetric: bool) -> None:
+    """By the divergence of outputs: perplexity of held-out text moves by chance as well, by about half a percent."""
+    pytest.importorskip("torch")
+    ways = {"rtn": ("rtn", None), "hqq": ("hqq", None), "awq": ("awq_clip", "awq"), "gptq": ("gptq", None)}
+    shared = {"accuracy_level": 1, "symmetric": symmetric}
+    configs = {
+        name: qpipe(scheme="w4", equalize=equalize, weights={"algorithm": algorithm, **shared})
+        for name, (algorithm, equalize) in ways.items()
+    }
+    found = {row.config: row for row in compare(Subject.export("tiny_gpt", folder), configs)}
+    noise = {name: 10 ** (-found[name].sqnr_db[0] / 10) for name in ways}
+    assert noise["gptq"] < noise["awq"] < noise["hqq"] < noise["rtn"]
+    assert noise["gptq"] <= 0.5 * noise["rtn"]
+
+
+def test_four_bits_by_default_keep_minilms_neighbours(folder: Path) -> None:
+    found = rows("minilm", folder, "w4")
+    assert found["w4"].metrics["cosine_mean"] >= 0.99
+    assert found["w4"].metrics["recall_at_10"] >= 0.89

@@ -149,8 +149,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 subject = Subject.export(name, folder)
             found[name] = measure(subject, options.schemes, options.target)
             print(f"{name}: done", file=sys.stderr)
-    if options.write:
-        write_between_markers(options.write, report(found, options.target), (START, END))
+            if options.write:  # as soon as there is something: the whole takes a while
+                write_between_markers(options.write, report(found, options.target), (START, END))
     print(json.dumps(as_data(found)) if options.json else report(found, options.target))
     return 0
 

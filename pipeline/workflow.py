@@ -12,12 +12,13 @@ import numpy.typing as npt
 
 from ..calibrate.errors import ModelError
 from .calibration import Calibration, identify
+from .calibration.job import machine_memory
 from .graph import Model, clone, load, model_hash, save
 from .qdq_check import check_qdq
 from .recipe import Recipe, make_recipe
 from .stages.collect import CollectOptions, collect
 from .stages.decide import wanted_tensors
-from .stages.details import hidden_tensors, wanted_details
+from .stages.details import hidden_tensors, require_memory, wanted_details
 from .stages.equalize import Equalized, equalize
 from .stages.inline import inline_functions
 from .stages.prepare import prepare, require_opset
@@ -92,6 +93,7 @@ class Job:
         """
         identity = options.identity or identify(self.path)
         details = options.details or wanted_details(self.model.graph, detail)
+        require_memory(self.model.graph, details, machine_memory())
         options = replace(options, identity=identity, details=details)
         source = clone(self.model) if self.equalized or self.rewritten else self.path
         tensors = [*wanted_tensors(self.model.graph), *hidden_tensors(self.model.functions)]

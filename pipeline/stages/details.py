@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Mapping
 
 import onnx
 import onnx_graphsurgeon as gs
 
+from ...calibrate.errors import UnsupportedError
 from ...calibrate.stats.tokens import Window
 from ..calibration.observe import Detail
 from ..constants import weight_of
 from ..graph import all_graphs
-from ..rules import RULES, rule_of
+from ..rules import RULES, OpRule, rule_of
 
 LEVELS = ("none", "channels", "gram")
 """``channels``: magnitudes per channel of what MatMul and Gemm read. ``gram``: XᵀX as well, and of Convs too."""
@@ -27,15 +29,7 @@ def wanted_details(graph: gs.Graph, level: str) -> dict[str, Detail]:
     details: dict[str, Detail] = {}
     if level == "none":
         return details
-    for node in (node for inner in all_graphs(graph) for node in inner.nodes):
-        rule = rule_of(node)
-        if (
-            rule is None
-            or rule.kind != "weighted"
-            or rule.weight is None
-            or weight_of(node.inputs[rule.weight]) is None
-        ):
-            continue
+    for node, _, _ in _weighted(graph):
         name = node.inputs[0].name
         if node.op in ("MatMul", "Gemm"):
             details[name] = Detail(axis=-1, gram=level == "gram")
@@ -44,6 +38,44 @@ def wanted_details(graph: gs.Graph, level: str) -> dict[str, Detail]:
             if window is not None:
                 details[name] = Detail(axis=1, window=window, gram=True)
     return details
+
+
+def require_memory(graph: gs.Graph, details: Mapping[str, Detail], memory: int) -> None:
+    """Refuse, before anything runs, Gram matrices that do not fit: they grow with the square of a layer's width.
+
+    Args:
+        graph: The graph that `wanted_details` was given.
+        details: What it returned.
+        memory: Bytes that there are.
+
+    Raises:
+        UnsupportedError: They need more.
+    """
+    widths: dict[str, int] = {}
+    for node, rule, shape in _weighted(graph):
+        axis = rule.out_axis(node, len(shape))
+        name = node.inputs[0].name
+        if axis is not None and name in details and details[name].gram:
+            # The weight of a MatMul of higher rank is a stack of matrices that read the same channels.
+            widths[name] = math.prod(shape if node.op == "Conv" else shape[-2:]) // shape[axis]
+    needed = sum(8 * width**2 for width in widths.values())
+    if needed > memory:
+        raise UnsupportedError(
+            f"XᵀX of {len(widths)} layer inputs does not fit into memory",
+            found=f"{needed / 1e9:.1f} GB",
+            expected=f"at most {memory / 1e9:.1f} GB",
+            do="collect with --detail channels and use an algorithm that needs no more, rtn or hqq",
+        )
+
+
+def _weighted(graph: gs.Graph) -> Iterator[tuple[gs.Node, OpRule, tuple[int, ...]]]:
+    """Yield the operators that multiply by a constant weight, each with its rule and the shape of the weight."""
+    for node in (node for inner in all_graphs(graph) for node in inner.nodes):
+        rule = rule_of(node)
+        if rule is None or rule.kind != "weighted" or rule.weight is None:
+            continue
+        if (weight := weight_of(node.inputs[rule.weight])) is not None:
+            yield node, rule, weight.shape
 
 
 def hidden_tensors(functions: Iterable[onnx.FunctionProto]) -> list[str]:

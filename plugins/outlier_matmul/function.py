@@ -10,6 +10,9 @@ A model that is to run in every runtime gives the bias (zeros if need be) and at
 OpenVINO fails on the omitted bias and on an empty index, ``onnx.reference`` wants at least an empty name for the bias,
 ONNX Runtime's reductions fail on no rows, and tract gives a one-dimensional X a two-dimensional result.
 
+The inverse of the scale is minus -1 / scale: ONNX Runtime rewrites ``(1 / scale) * x`` to ``x / scale``, which rounds
+ties another way.
+
 Differences from the kernel: none in the integer part; the rest is float32 in another order of operations.
 """
 
@@ -47,7 +50,7 @@ _SPLIT = """
     safe = Where (is_finite, regular, zero)
     magnitude = Abs (safe)
     smallest_scale = Constant <value = float {1.1754943508222875e-38}> ()
-    one = Constant <value = float {1}> ()
+    minus_one = Constant <value = float {-1}> ()
     w_columns = Transpose <perm = [1, 0]> (w_q)
     w_unpadded = Slice (w_columns, first, inputs, first)
     w_int = Cast <to = 6> (w_unpadded)
@@ -61,7 +64,8 @@ _ONE_DIGIT_CODES = f"""
     amax = ReduceMax AXES (magnitude AXES_INPUT)
     scale_raw = Div (amax, one_digit)
     scale = Max (scale_raw, smallest_scale)
-    inverse = Div (one, scale)
+    minus_inverse = Div (minus_one, scale)
+    inverse = Neg (minus_inverse)
     scaled = Mul (safe, inverse)
     rounded = Round (scaled)
     codes = Clip (rounded, minus_one_digit, one_digit)
@@ -91,7 +95,8 @@ _TWO_DIGIT_CODES = f"""
     scale_each = Div (magnitude, bound)
     scale_raw = ReduceMax AXES (scale_each AXES_INPUT)
     scale = Max (scale_raw, smallest_scale)
-    inverse = Div (one, scale)
+    minus_inverse = Div (minus_one, scale)
+    inverse = Neg (minus_inverse)
     scaled = Mul (safe, inverse)
     rounded = Round (scaled)
     capped = Min (rounded, bound)

@@ -8,7 +8,7 @@ import pytest
 from onnx import inliner, reference
 from outlier_models import Case, open_session, random_case, run
 from qpipe.calibrate.errors import UnsupportedError
-from qpipe.plugins.outlier_matmul.op import function_proto
+from qpipe.plugins.outlier_matmul.op import function_proto, pack
 
 OPSETS = (13, 17, 21)
 CASES = {
@@ -58,6 +58,20 @@ def test_integer_part_does_not_saturate() -> None:
     got, _ = run(open_session(case.model(), plugin=False), case.x)
     assert np.abs(got).max() == 1495 * 127 * 127
     np.testing.assert_array_equal(got, case.expected()[0])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_codes_are_products_with_the_inverse_of_the_scale(dynamic: bool) -> None:
+    """ONNX Runtime's optimizer turns a quotient of 1 and a product into a quotient, which rounds ties another way."""
+    case = random_case(0, (2000, 64), 64, 0, np.dtype(np.float32), bias=False, limit=1e6 if dynamic else 0.0)
+    amax = np.abs(case.x).max(axis=1, keepdims=True)
+    scale = amax / np.float32(127)
+    case.x = ((np.rint(case.x / scale) + np.float32(0.5)) * scale).clip(-amax, amax).astype(np.float32)
+    case.x[:, :1] = amax
+    assert (np.rint(case.x * (np.float32(1) / scale)) != np.rint(case.x / scale)).any(), "the data tells them apart"
+    case.packed = pack(np.eye(64, dtype=np.float32), [], np.float32)
+    case.functions = [function_proto(opset=17, dynamic=dynamic)]
+    check(case, run(open_session(case.model(), plugin=False), case.x)[0])
 
 
 @pytest.mark.parametrize("opset", [17, 21])

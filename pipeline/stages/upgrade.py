@@ -17,6 +17,7 @@ from ..graph.queries import STANDARD_DOMAINS
 UPGRADE_OPSET = 17
 _FIRST_MODERN_OPSET = 13
 _FIRST_RESIZE_WITH_MODES = 11
+_FIRST_SCAN_WITHOUT_BATCH = 9
 _INPUTS_FREE_IR = 4
 
 
@@ -82,6 +83,8 @@ def _graphs_of(node: NodeProto) -> Iterator[GraphProto]:
 
 
 def _converted(model: Model, proto: ModelProto, opset: int) -> ModelProto:
+    if model.opset < _FIRST_SCAN_WITHOUT_BATCH and any(node.op_type == "Scan" for node in _all_nodes(proto.graph)):
+        raise _refusal(model, opset, "a Scan of opset 8 goes over batches of sequences, which the converter overlooks")
     known = set(_written(proto.graph))
     # Before IR version 4 weights had to be inputs too; since then it says that they may be overridden.
     inputs = {entry.name for entry in proto.graph.input if model.ir_version >= _INPUTS_FREE_IR}

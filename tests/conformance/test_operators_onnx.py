@@ -55,3 +55,10 @@ def test_what_multiplies_by_a_constant_is_quantized(module: str, scheme: str, tm
     elif module != "einsum":
         assert "quantized" in {outcome.kind for outcome in found}
     assert all(outcome.kind == "quantized" or outcome.detail for outcome in found)
+
+
+def test_a_scan_of_opset_8_is_refused_and_not_turned_into_another_one(tmp_path: Path) -> None:
+    case = next(case for case in node_models.cases_of("scan") if case.model.opset_import[0].version == 8)
+    found = node_models.outcome(case, tmp_path, "w8", constant=False)
+    assert found.kind == "refused 3"
+    assert "cannot be brought from opset 8" in found.detail

@@ -19,6 +19,9 @@ from ..calibrate.granularity import PER_TENSOR, per_block, per_channel
 from ..calibrate.qarray import Spec
 from .schemes import SCHEMES, near_schemes
 
+AUTO = "auto"
+"""Leaves a choice to what is known of model, target and data."""
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,8 +58,8 @@ _UNFIT = {
 }
 
 
-AUTO = {True: "gptq", False: "rtn_mse"}
-"""What the algorithm ``auto`` stands for, by whether the inputs of layers are known."""
+ALGORITHMS = {True: "gptq", False: "rtn_mse"}
+"""What the weight algorithm ``auto`` stands for, by whether the inputs of layers are known."""
 
 
 class WeightOptions(_Part):
@@ -94,7 +97,7 @@ class WeightOptions(_Part):
     @property
     def method(self) -> str:
         """Weight algorithm that picks the codes; one scale for the whole model leaves nothing to pick."""
-        algorithm = AUTO[False] if self.algorithm == "auto" else self.algorithm
+        algorithm = ALGORITHMS[False] if self.algorithm == AUTO else self.algorithm
         return algorithm or ("fixed" if self.granularity == "model" else "rtn")
 
     @field_validator("format")
@@ -232,7 +235,9 @@ class Recipe(_Part):
         outliers: Choice of outlier columns, for the form ``outlier``.
         float_type: Type of what is not quantized, to which it is converted; None keeps what the model has.
         keep_io: Inputs and outputs of the model keep their types when ``float_type`` converts it.
-        equalize: Equalization before quantizing, e.g. ``smoothquant:0.5``.
+        equalize: Equalization before quantizing, e.g. ``smoothquant:0.5``; ``auto`` takes ``smoothquant`` where static
+            8-bit activations are expected to gain by it; ``cross_layer`` balances weights along chains;
+            ``none`` leaves the model as it is.
         bias_correction: Fold the expected output error into biases.
         include: Patterns of nodes that may be quantized; empty means all.
         exclude: Patterns of nodes that stay in float.
@@ -249,7 +254,7 @@ class Recipe(_Part):
     outliers: OutlierOptions = OutlierOptions()
     float_type: Literal["float32", "float16", "bfloat16"] | None = None
     keep_io: bool = True
-    equalize: str | None = None
+    equalize: str | None = AUTO
     bias_correction: bool = False
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -258,19 +263,24 @@ class Recipe(_Part):
 
     def settled(self, *, knows_inputs: bool) -> Recipe:
         """Return the recipe with every algorithm ``auto`` written out, by whether the inputs of layers are known."""
-        own = {"algorithm": AUTO[knows_inputs]}
+        own = {"algorithm": ALGORITHMS[knows_inputs]}
 
         def layer(entry: LayerOptions) -> LayerOptions:
             weights = entry.recipe().weights
-            if weights is None or weights.algorithm != "auto":
+            if weights is None or weights.algorithm != AUTO:
                 return entry
             given = {"format": entry.weights} if isinstance(entry.weights, str) else entry.weights or {}
             return entry.model_copy(update={"weights": {**given, **own}})
 
         update: dict[str, Any] = {"layers": tuple(map(layer, self.layers))}
-        if self.weights is not None and self.weights.algorithm == "auto":
+        if self.weights is not None and self.weights.algorithm == AUTO:
             update["weights"] = self.weights.model_copy(update=own)
         return self.model_copy(update=update)
+
+    @field_validator("equalize")
+    @classmethod
+    def _none_is_none(cls, name: str | None) -> str | None:
+        return None if name == "none" else name
 
     def digest(self) -> str:
         """Return a hash of the whole recipe, stored with the result."""

@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
 
-from ..calibrate.errors import ModelError
+from ..calibrate.errors import DataError, ModelError
 from .calibration import Calibration, identify
 from .calibration.job import machine_memory
 from .graph import Model, clone, load, model_hash, save
 from .qdq_check import check_qdq
 from .recipe import Recipe, make_recipe
 from .stages.collect import CollectOptions, collect
+from .stages.cross_layer import CROSS_LAYER, balance
 from .stages.decide import wanted_tensors
 from .stages.details import hidden_tensors, require_memory, wanted_details
-from .stages.equalize import Equalized, equalize
 from .stages.inline import inline_functions
 from .stages.prepare import prepare, require_opset
 from .stages.quantize import (
@@ -46,14 +46,12 @@ class Job:
         model: Prepared; changed by `quantize`.
         path: The file it came from.
         hash: Of the file's content.
-        equalized: Tensors that `equalize` divided by a channel scale.
-        rewritten: Whether the graph has tensors that the file lacks, so that the graph is what runs.
+        rewritten: Whether the graph has tensors that the file lacks or holds other values for, so that it is what runs.
     """
 
     model: Model
     path: Path
     hash: str
-    equalized: list[Equalized] = field(default_factory=list)
     rewritten: bool = False
 
     @classmethod
@@ -78,6 +76,30 @@ class Job:
         model = inline_functions(model) if inline else model
         return cls(model=prepare(model), path=path, hash=digest, rewritten=model is not original)
 
+    def balance(self, recipe: Recipe, calibration: Calibration | None) -> list[tuple[str, ...]]:
+        """Equalize the weights of chains of layers if the recipe says ``cross_layer``, before statistics are collected.
+
+        Args:
+            recipe: What the user asks.
+            calibration: Statistics that were collected before.
+
+        Returns:
+            Names of the layers of each chain that was changed.
+
+        Raises:
+            DataError: There are statistics already, and they describe tensors that have changed.
+        """
+        chains = balance(self.model.graph) if recipe.equalize == CROSS_LAYER else []
+        if chains and calibration is not None:
+            raise DataError(
+                "cross_layer changes what the tensors inside chains of layers hold, and the statistics are of before",
+                found=f"{len(chains)} chains, the first from {chains[0][0]!r} to {chains[0][-1]!r}",
+                expected="data, to collect statistics of the equalized model",
+                do="qpipe quantize model.onnx --equalize cross_layer --data data.npz -o quantized.onnx",
+            )
+        self.rewritten = self.rewritten or bool(chains)
+        return chains
+
     def collect(
         self,
         batches: Iterable[Batch],
@@ -88,21 +110,16 @@ class Job:
         """Run the float file over the data; see `stages.collect`, and `stages.details` for ``detail``.
 
         The file itself is run, not the prepared graph: names that survive preparing mean the same values, and a model
-        larger than memory stays on disk. Only where there are new tensors, after `equalize`, inlining or an upgrade of
-        the opset, the graph itself is run.
+        larger than memory stays on disk. Only where tensors are new or changed, after `balance`, inlining or an upgrade
+        of the opset, the graph itself is run.
         """
         identity = options.identity or identify(self.path)
         details = options.details or wanted_details(self.model.graph, detail)
         require_memory(self.model.graph, details, machine_memory())
         options = replace(options, identity=identity, details=details)
-        source = clone(self.model) if self.equalized or self.rewritten else self.path
+        source = clone(self.model) if self.rewritten else self.path
         tensors = [*wanted_tensors(self.model.graph), *hidden_tensors(self.model.functions)]
         return collect(source, tensors, batches, options)
-
-    def equalize(self, recipe: Recipe, calibration: Calibration) -> list[Equalized]:
-        """Equalize the model as the recipe says; what is quantized next needs statistics collected after this."""
-        self.equalized = equalize(self.model.graph, recipe, calibration)
-        return self.equalized
 
     def quantize(
         self,
@@ -151,13 +168,15 @@ def quantize_file(
     recipe = recipe or make_recipe()
     job = Job.open(Path(source))
     calibration = data if isinstance(data, Calibration) else None
+    job.balance(recipe, calibration)
     options = QuantizeOptions()
     if data is not None and not isinstance(data, Calibration):
         recipe = recipe.settled(knows_inputs=True)
         in_order = runs_in_order(recipe)
-        batches = list(data) if recipe.equalize or in_order else data
+        batches = list(data) if in_order else data
         options = QuantizeOptions(data=Data(batches=batches) if in_order else None)
-        calibration = _collected(job, recipe, batches, in_order=in_order)
+        if profits_from_statistics(recipe, in_order=in_order):
+            calibration = job.collect(batches, detail=needed_detail(recipe, in_order=in_order))
     result = job.quantize(recipe, calibration, options)
     if not result.plan.coded() and recipe.float_type is None:
         nodes = list(result.plan.nodes().values())
@@ -165,15 +184,3 @@ def quantize_file(
         _LOG.warning("nothing was quantized; of %d nodes the first: %s", len(nodes), reason)
     save(result.model, target, force=force)
     return result
-
-
-def _collected(job: Job, recipe: Recipe, batches: Iterable[Batch], *, in_order: bool) -> Calibration | None:
-    """Collect what a recipe needs, equalizing on the way if it says so; None when it needs nothing."""
-    calibration = None
-    if profits_from_statistics(recipe, in_order=in_order):
-        calibration = job.collect(batches, detail=needed_detail(recipe, in_order=in_order))
-    if recipe.equalize and calibration is not None and job.equalize(recipe, calibration):
-        rest = recipe.model_copy(update={"equalize": None})
-        if profits_from_statistics(rest, in_order=in_order):
-            calibration = job.collect(batches, detail=needed_detail(rest, in_order=in_order))
-    return calibration

@@ -88,24 +88,36 @@ def channels_of(equalizer: str, w: Array, stats: WeightStats | None) -> ChannelA
 def output_error(w: Array, spec: Spec, stats: WeightStats, x_spec: Spec | None, method: WeightMethod) -> float:
     """Return the expected squared error of the layer's output, per token and output channel.
 
-    The weights' part is exact on the calibration data. The activations' part takes rounding errors as independent of
-    each other: step^2 / 12 each, with the step of the widest channel, and no more than the channel's own energy.
+    The weights' part is exact on the calibration data with its `gram`; with `channels` alone their errors count as
+    independent of each other. So do those of activations: step^2 / 12 each, and no more than the channel's own energy.
 
     Args:
         w: Weight [out, in].
         spec: How it is quantized.
-        stats: `gram` and `channels` of its input.
+        stats: `channels` of its input, and its `gram` if it is known.
         x_spec: How its input is quantized, with one scale; None when it stays float.
         method: What quantizes the weight.
     """
-    gram = gram_of("the search of an equalizer", w, stats)
+    return sum(error_parts(w, spec, stats, x_spec, method))
+
+
+def error_parts(
+    w: Array, spec: Spec, stats: WeightStats, x_spec: Spec | None, method: WeightMethod
+) -> tuple[float, float]:
+    """Return the two parts of `output_error`: what rounding the weights adds, and what rounding the activations."""
+    channels = channels_of("the search of an equalizer", w, stats)
+    energy = channels.energy / max(channels.tokens, 1)
     rounded = dequantize(method(w, spec, stats))
-    error = output_mse(w, rounded, gram)
+    if stats.gram is not None:
+        weights = output_mse(w, rounded, gram_of("the search of an equalizer", w, stats))
+    else:
+        weights = float(np.square(rounded - w, dtype=np.float64).sum(axis=0) @ energy) / max(len(w), 1)
     if x_spec is None:
-        return error
-    step = 2 * float(channels_of("the search of an equalizer", w, stats).amax.max()) / (x_spec.qmax - x_spec.qmin)
-    noise = np.minimum(step**2 / 12, np.diag(gram.matrix) / max(gram.tokens, 1))
-    return error + float(np.square(rounded.astype(np.float64)).sum(axis=0) @ noise) / max(len(w), 1)
+        return weights, 0.0
+    lo, hi = stats.interval
+    width = 2 * max(-lo, hi) if x_spec.symmetric else hi - lo
+    noise = np.minimum((width / (x_spec.qmax - x_spec.qmin)) ** 2 / 12, energy)
+    return weights, float(np.square(rounded.astype(np.float64)).sum(axis=0) @ noise) / max(len(w), 1)
 
 
 def best_scale(candidates: list[F32], cost: Callable[[F32], float]) -> F32:

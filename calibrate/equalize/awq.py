@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..qarray import Spec
-from ..weights import WeightStats
+from ..weights import WeightStats, gram_of
 from ..weights.rtn import RtnMse
 from . import EQUALIZERS, best_scale, bounded, channels_of, output_error
 
@@ -48,6 +48,7 @@ class Awq:
         magnitude = channels_of("awq", w, stats).mean
         if self.alpha is not None:
             return _protect(magnitude, self.alpha)
+        gram_of("awq", w, stats)
         assert stats is not None
         candidates = [_protect(magnitude, float(a)) for a in _ALPHAS]
         return best_scale(candidates, lambda s: output_error(w * s, spec, stats.scaled(s), x_spec, _ROUNDING))

@@ -25,6 +25,7 @@ as GPTQ for the same held-out error, and `quantease` refines GPTQ's codes for th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
@@ -49,11 +50,15 @@ class WeightStats:
         channels: Magnitudes per input channel, [in].
         drift: ``(X - x)ᵀ x`` [in, in] with ``X`` the same tokens in the float model, where x comes from quantized
             layers; None where they are one.
+        lo: Smallest value of x, at most 0; -Inf when it is not known.
+        hi: Largest value of x, at least 0; Inf when it is not known.
     """
 
     gram: Gram | None = None
     channels: ChannelAmax | None = None
     drift: Array | None = None
+    lo: float = -math.inf
+    hi: float = math.inf
 
     @property
     def energy(self) -> Array | None:
@@ -62,9 +67,16 @@ class WeightStats:
             return self.channels.energy
         return None if self.gram is None else np.diag(self.gram.matrix)
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """An interval that holds all values of x: what is known of it as a whole, and of its channels."""
+        amax = math.inf if self.channels is None else float(self.channels.amax.max(initial=0))
+        return max(self.lo, -amax), min(self.hi, amax)
+
     def scaled(self, channel_scale: Array) -> WeightStats:
         """Return the statistics of ``x / channel_scale``, ``channel_scale`` [in] > 0."""
         inverse = 1 / channel_scale.astype(np.float64)
+        largest = float(inverse.max(initial=0))
         gram, channels, drift = self.gram, self.channels, self.drift
         if gram is not None:
             gram = Gram(matrix=gram.matrix * inverse * inverse[:, None], tokens=gram.tokens)
@@ -77,7 +89,7 @@ class WeightStats:
                 energy=channels.energy * inverse**2,
                 tokens=channels.tokens,
             )
-        return WeightStats(gram=gram, channels=channels, drift=drift)
+        return WeightStats(gram=gram, channels=channels, drift=drift, lo=self.lo * largest, hi=self.hi * largest)
 
 
 class WeightMethod(Protocol):

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @click.option("--block", type=click.IntRange(min=1), help="Weights in blocks of so many inputs, one scale each.")
 @click.option("--activations", metavar="FORMAT", help="Format of activations, e.g. uint8, int8, int16, none.")
 @click.option("--float-type", help="Type of what stays float: float32, float16 or bfloat16.")
-@click.option("--equalize", help="Equalizer, e.g. smoothquant, smoothquant:0.75, awq; needs --data.")
+@click.option("--equalize", help="auto, none, smoothquant, smoothquant:0.75, awq; cross_layer needs --data.")
 @click.option("--algorithm", help="Weight algorithm, e.g. rtn, rtn_mse, gptq, hqq.")
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any recipe key, e.g. weights.format=int4.")
 @click.option("--recipe", type=click.Path(path_type=Path), help="Recipe file (YAML); flags win over its keys.")
@@ -178,18 +178,13 @@ def _statistics(job: Job, recipe: Recipe, given: dict[str, Any]) -> tuple[Recipe
 
     known = read_statistics(given["calib"], job, by_name=given["calib_by_name"]) if given["calib"] else None
     recipe = recipe.settled(knows_inputs=has_data(given) or (known is not None and has_grams(known)))
+    chains = job.balance(recipe, known)
+    if chains:
+        output.note(f"equalized the weights of {len(chains)} chains of layers, {sum(map(len, chains))} layers in all")
     in_order = has_data(given) and runs_in_order(recipe)
-
-    def collected(recipe: Recipe) -> Calibration | None:
-        wanted = profits_from_statistics if has_data(given) else needs_statistics
-        if not wanted(recipe, in_order=in_order):
-            return None
-        return collect_statistics(job, {**given, "detail": needed_detail(recipe, in_order=in_order)})
-
-    known = known or collected(recipe)
-    if recipe.equalize and known is not None and job.equalize(recipe, known):
-        output.note(f"equalized the inputs of {len(job.equalized)} groups of layers")
-        known = collected(recipe.model_copy(update={"equalize": None})) or known
+    wanted = profits_from_statistics if has_data(given) else needs_statistics
+    if known is None and wanted(recipe, in_order=in_order):
+        known = collect_statistics(job, {**given, "detail": needed_detail(recipe, in_order=in_order)})
     return recipe, known
 
 
@@ -245,6 +240,7 @@ def _report(result: Quantized | Preview, recipe: Recipe, given: dict[str, Any], 
         f"quantized {len(quantized)} of {len(nodes)} nodes, weights {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB",
         *(f"rewritten for {result.plan.target}: {line}" for line in describe_passes(result.passes)),
     ]
+    lines += _choices(result)
     for note in outcome.notes:
         output.warn(note)
     if not quantized:
@@ -260,6 +256,21 @@ def _report(result: Quantized | Preview, recipe: Recipe, given: dict[str, Any], 
     lines += _cost_lines(outcome)
     lines += [f"wrote {path}" for path in outcome.written]
     output.emit(data, given["as_json"], lines)
+
+
+def _choices(result: Quantized | Preview) -> list[str]:
+    """Return in words what was chosen where the recipe leaves a choice: algorithms of weights, equalized inputs."""
+    algorithms = Counter(d.algorithm for d in result.plan.coded() if d.site.role == "weight")
+    named = ", ".join(f"{name} ({n})" for name, n in algorithms.most_common())
+    lines = [f"weights by {named}"] if named else []
+    equalized = getattr(result, "equalized", ())
+    if equalized:
+        folded = sum(entry.folded for entry in equalized)
+        lines.append(
+            f"equalized {len(equalized)} inputs of layers: {folded} folded into what makes them, "
+            f"{len(equalized) - folded} by a Mul"
+        )
+    return lines
 
 
 def _cost_lines(outcome: _Outcome) -> list[str]:

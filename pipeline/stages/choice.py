@@ -11,6 +11,7 @@ from ...calibrate.formats import FORMATS
 from ...calibrate.granularity import per_channel
 from ...calibrate.qarray import Spec
 from ...calibrate.weights import WEIGHT_METHODS
+from ..calibration import TensorStats
 from ..constants import Weight, dtype_name, weight_of
 from ..layouts import RECURRENT, layout_of
 from ..recipe import Recipe, WeightOptions
@@ -157,6 +158,26 @@ def _unable_blocks(recipe: Recipe, target: Target) -> str:
 
 def _is_byte(name: str) -> bool:
     return FORMATS.get(name).is_integer and FORMATS.get(name).bits == 8
+
+
+def wants_data(recipe: Recipe) -> bool:
+    """Whether a recipe stores weights and activations as codes with static scales: what statistics make better."""
+    static = recipe.activations is not None and not recipe.activations.dynamic and recipe.form in (None, "qdq")
+    return static and recipe.weights is not None
+
+
+def algorithm(recipe: Recipe, spec: Spec, known: TensorStats | None) -> str:
+    """Return the algorithm of a weight that meets codes with static scales.
+
+    Args:
+        recipe: Of the node; what it names is taken.
+        spec: How the weight is stored.
+        known: Statistics of its input. With its Gram matrix GPTQ is taken: rounding errors of weights are the same for
+            every token, so they add up where those of activations average out.
+    """
+    assert recipe.weights is not None
+    fits = recipe.weights.method == "rtn" and recipe.weights.algorithm is None and spec.format.is_integer
+    return "gptq" if fits and known is not None and known.gram is not None else recipe.weights.method
 
 
 def table(node: gs.Node, recipe: Recipe) -> Spec | None:

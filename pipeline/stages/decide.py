@@ -224,7 +224,10 @@ def _weighted(node: gs.Node, rule: OpRule, context: Context, draft: _Draft, regi
     reason = "weight of a quantized operator"
     if context.opset < PER_CHANNEL_OPSET and recipe.weights.granularity == "channel":
         reason += f"; one scale per tensor, for opset {context.opset} has none per channel (qpipe quantize --upgrade)"
-    how = (context.form_for(node), choice.algorithm_of(node.op, recipe.weights))
+    known = None if context.calibration is None else context.calibration.tensors.get(node.inputs[0].name)
+    by_data = context.is_static(node) and known is not None
+    algorithm = choice.algorithm(recipe, spec, known) if by_data else choice.algorithm_of(node.op, recipe.weights)
+    how = (context.form_for(node), algorithm)
     draft.put_weight(node, rule.weight, spec, reason, how)
     for slot, other in further.items():
         assert other is not None

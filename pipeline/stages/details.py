@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import onnx
 import onnx_graphsurgeon as gs
@@ -15,8 +15,12 @@ from ..constants import weight_of
 from ..graph import all_graphs
 from ..rules import RULES, OpRule, rule_of
 
-LEVELS = ("none", "channels", "gram")
-"""``channels``: magnitudes per channel of what MatMul and Gemm read. ``gram``: XᵀX as well, and of Convs too."""
+LEVELS = ("none", "channels", "gram", "auto")
+"""``channels``: magnitudes per channel of what MatMul and Gemm read. ``gram``: XᵀX as well, and of Convs too. ``auto``:
+as ``gram`` where all these matrices together stay small, else ``channels``."""
+
+AUTO_GRAM_BYTES = 1 << 29
+"""Most that ``auto`` spends on XᵀX of all layers: a model of this size calibrates in seconds, its file stays handy."""
 
 
 def wanted_details(graph: gs.Graph, level: str) -> dict[str, Detail]:
@@ -29,11 +33,12 @@ def wanted_details(graph: gs.Graph, level: str) -> dict[str, Detail]:
     details: dict[str, Detail] = {}
     if level == "none":
         return details
+    whole = level == "gram" or (level == "auto" and _gram_bytes(graph, None) <= AUTO_GRAM_BYTES)
     for node, _, _ in _weighted(graph):
         name = node.inputs[0].name
         if node.op in ("MatMul", "Gemm"):
-            details[name] = Detail(axis=-1, gram=level == "gram")
-        elif node.op == "Conv" and level == "gram" and name not in details:
+            details[name] = Detail(axis=-1, gram=whole)
+        elif node.op == "Conv" and whole and name not in details:
             window = _window(node)
             if window is not None:
                 details[name] = Detail(axis=1, window=window, gram=True)
@@ -51,21 +56,28 @@ def require_memory(graph: gs.Graph, details: Mapping[str, Detail], memory: int) 
     Raises:
         UnsupportedError: They need more.
     """
-    widths: dict[str, int] = {}
-    for node, rule, shape in _weighted(graph):
-        axis = rule.out_axis(node, len(shape))
-        name = node.inputs[0].name
-        if axis is not None and name in details and details[name].gram:
-            # The weight of a MatMul of higher rank is a stack of matrices that read the same channels.
-            widths[name] = math.prod(shape if node.op == "Conv" else shape[-2:]) // shape[axis]
-    needed = sum(8 * width**2 for width in widths.values())
+    needed = _gram_bytes(graph, {name for name, detail in details.items() if detail.gram})
     if needed > memory:
         raise UnsupportedError(
-            f"XᵀX of {len(widths)} layer inputs does not fit into memory",
+            "XᵀX of the layers' inputs does not fit into memory",
             found=f"{needed / 1e9:.1f} GB",
             expected=f"at most {memory / 1e9:.1f} GB",
             do="collect with --detail channels and use an algorithm that needs no more, rtn or hqq",
         )
+
+
+def _gram_bytes(graph: gs.Graph, names: Collection[str] | None) -> int:
+    """Return the size of XᵀX of the layer inputs of these names, of all where None, in float64."""
+    widths: dict[str, int] = {}
+    for node, rule, shape in _weighted(graph):
+        name = node.inputs[0].name
+        if node.op not in ("MatMul", "Gemm", "Conv") or (names is not None and name not in names):
+            continue
+        axis = rule.out_axis(node, len(shape))
+        # The weight of a MatMul of higher rank is a stack of matrices that read the same channels.
+        matrix = shape if node.op == "Conv" or axis is not None else shape[-2:]
+        widths[name] = math.prod(matrix) // max(matrix[axis if axis is not None else -1], 1)
+    return sum(8 * width**2 for width in widths.values())
 
 
 def _weighted(graph: gs.Graph) -> Iterator[tuple[gs.Node, OpRule, tuple[int, ...]]]:

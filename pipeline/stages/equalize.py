@@ -1,12 +1,14 @@
 """Equalize: move what is hard to quantize from activations to weights; the float function stays what it was.
 
 All layers that read one tensor share one scale: their weights are multiplied by it, and the tensor is divided by it, in
-the LayerNorm that makes it when nobody else reads it, in a Mul of its own otherwise. What the layers then read is a new
-tensor, which needs statistics of its own.
+what makes it when nobody else reads it (`folding`), in a Mul of its own otherwise. What the layers then read is a new
+tensor. Its statistics follow from what is known per channel of the old one, so nothing is collected again: its range is
+the one that just holds all channels, whatever the calibration method, for after equalizing no channel is left to clip.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,32 +16,45 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from ...calibrate.equalize import EQUALIZERS
+from ...calibrate.equalize import EQUALIZERS, output_error
 from ...calibrate.errors import DataError
-from ..calibration import Calibration
-from ..constants import Weight, weight_of
+from ...calibrate.qarray import Spec
+from ...calibrate.stats.histogram import Histogram
+from ...calibrate.weights import WeightStats
+from ...calibrate.weights.rtn import Rtn
+from ..calibration import Calibration, TensorStats
+from ..constants import weight_of
 from ..fresh import FreshNames
 from ..graph import constant
 from ..layouts import Layout, layout_of
-from ..patterns import matches
-from ..recipe import Recipe
-from ..targets import TARGETS
+from ..plan import Decision, Plan
+from ..recipe import AUTO, Recipe
+from .cross_layer import CROSS_LAYER
+from .folding import fold
 from .weights import layer_stats
 
 Array = npt.NDArray[Any]
 
+AUTO_EQUALIZER = "smoothquant"
+"""What ``auto`` takes for layers that multiply 8-bit codes with static scales."""
+WORTH_A_MUL = 0.5
+"""Share of the expected error that ``auto`` must leave at most to put a Mul in front of layers."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reader:
-    """A layer that reads the tensor, its weight, and how that lies."""
+    """A layer that reads the tensor, how its weight lies, and how weight and tensor are to be stored."""
 
     node: gs.Node
-    weight: Weight
     layout: Layout
+    spec: Spec
+    x_spec: Spec | None
 
     def matrix(self) -> Array:
-        """Return the weight [out, in], float32; read from its file each time, for no model is held as a whole."""
-        return self.layout.matrix(np.asarray(self.weight.values(), dtype=np.float32))
+        """Return the weight [out, in]."""
+        weight = weight_of(self.node.inputs[1])
+        assert weight is not None
+        return self.layout.matrix(np.asarray(weight.values(), dtype=np.float32))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +62,7 @@ class Equalized:
     """One tensor that was divided by a channel scale.
 
     Attributes:
-        tensor: Its name.
+        tensor: Its name in the float graph.
         layers: Names of the layers that read it.
         spread: Largest over smallest channel scale.
         folded: Whether the division went into the operator that makes the tensor.
@@ -59,81 +74,134 @@ class Equalized:
     folded: bool
 
 
-def equalize(graph: gs.Graph, recipe: Recipe, calibration: Calibration) -> list[Equalized]:
-    """Equalize the inputs of all MatMul and Gemm layers that the recipe quantizes; ``graph`` is changed in place.
+def equalize(
+    graph: gs.Graph, plan: Plan, recipe: Recipe, calibration: Calibration | None
+) -> tuple[list[Equalized], Calibration | None]:
+    """Equalize the inputs of the MatMul and Gemm layers that a plan quantizes; ``graph`` is changed in place.
 
     Args:
         graph: Prepared float graph.
-        recipe: Names the equalizer and the formats.
-        calibration: Statistics of layer inputs at the level that the equalizer needs.
+        plan: What is to be quantized, and how; to be made anew afterwards, for the layers read new tensors.
+        recipe: Names the equalizer.
+        calibration: Statistics of layer inputs, per channel at least.
 
     Returns:
-        What was done; tensors for which no scale helps are left alone and not listed.
+        What was done, tensors for which no scale helps left out; and the statistics with those of the new tensors.
 
     Raises:
-        DataError: Statistics that the equalizer needs are missing.
+        DataError: Statistics that a named equalizer needs are missing; ``auto`` passes over such tensors.
     """
+    if recipe.equalize in (None, CROSS_LAYER) or (recipe.equalize == AUTO and calibration is None):
+        return [], calibration
     assert recipe.equalize is not None
-    done = []
-    names = FreshNames(graph)
-    for tensor, readers in _readers(graph, recipe):
-        scale = _scale(tensor.name, readers, recipe, calibration)
+    known, done, names = calibration or Calibration(tensors={}), list[Equalized](), FreshNames(graph)
+    added: dict[str, TensorStats] = {}
+    for tensor, readers in _readers(graph, plan, every=recipe.equalize != AUTO):
+        stats = _stats_of(tensor, readers[0].layout, recipe.equalize, known)
+        if stats is None:
+            continue
+        private = len(tensor.outputs) == len(readers) and all(tensor is not output for output in graph.outputs)
+        scale = _scale(readers, stats, recipe.equalize, may_fold=private)
         if np.allclose(scale, 1.0):
             continue
-        for reader in readers:
-            _multiply(reader, scale, names)
-        folded = len(tensor.outputs) == len(readers) and _fold(tensor, scale, names)
-        if not folded:
-            _divide(graph, tensor, readers, scale, names)
-        layers = tuple(reader.node.name for reader in readers)
-        spread = float(scale.max() / scale.min())
-        done.append(Equalized(tensor=tensor.name, layers=layers, spread=spread, folded=folded))
+        entry, result = _apply(graph, (tensor, readers), scale, names, private=private)
+        done.append(entry)
+        added[result.name] = _scaled(stats, scale)
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
-    return done
+    return done, dataclasses.replace(known, tensors={**known.tensors, **added}) if added else calibration
 
 
-def _readers(graph: gs.Graph, recipe: Recipe) -> list[tuple[gs.Tensor, list[Reader]]]:
-    """Return the tensors that quantized layers read, each with these layers."""
+def needs_of(recipe: Recipe) -> frozenset[str]:
+    """Return the statistics that the equalizer of a recipe cannot do without; ``auto`` does without any."""
+    if recipe.equalize in (None, AUTO, CROSS_LAYER):
+        return frozenset()
+    return EQUALIZERS.resolve(str(recipe.equalize)).needs
+
+
+def _readers(graph: gs.Graph, plan: Plan, *, every: bool) -> list[tuple[gs.Tensor, list[Reader]]]:
+    """Return the tensors that quantized layers read, each with these layers; static 8-bit ones unless ``every``."""
+    weights, inputs = (_by_node(plan, role) for role in ("weight", "activation"))
     found: dict[int, tuple[gs.Tensor, list[Reader]]] = {}
     for node in graph.nodes:
-        if node.op not in ("MatMul", "Gemm") or node.attrs.get("transA", 0) or not _wanted(node, recipe):
+        decision, data = weights.get(node.name), inputs.get(node.name)
+        if decision is None or decision.spec is None or decision.site.index != 1 or not _is_layer(node, decision):
+            continue
+        if not every and not _is_static_byte(decision, data):
             continue
         weight = weight_of(node.inputs[1])
         if weight is None or len(weight.shape) != 2 or isinstance(node.inputs[0], gs.Constant):
             continue
+        layout, x_spec = layout_of(node, weight.shape), data.spec if data is not None else None
         entry = found.setdefault(id(node.inputs[0]), (node.inputs[0], []))
-        entry[1].append(Reader(node=node, weight=weight, layout=layout_of(node, weight.shape)))
+        entry[1].append(Reader(node=node, layout=layout, spec=layout.spec(decision.spec), x_spec=x_spec))
     return list(found.values())
 
 
-def _wanted(node: gs.Node, recipe: Recipe) -> bool:
-    if any(matches(pattern, node) for pattern in recipe.exclude):
+def _by_node(plan: Plan, role: str) -> dict[str, Decision]:
+    return {d.site.node: d for d in reversed(plan.quantized()) if d.site.role == role and d.form != "cast"}
+
+
+def _is_layer(node: gs.Node, decision: Decision) -> bool:
+    return node.op in ("MatMul", "Gemm") and not node.attrs.get("transA", 0) and decision.form not in ("outlier",)
+
+
+def _is_static_byte(decision: Decision, data: Decision | None) -> bool:
+    if data is None or data.spec is None or data.form != "qdq":
         return False
-    return not recipe.include or any(matches(pattern, node) for pattern in recipe.include)
+    specs = (decision.spec, data.spec)
+    return all(spec is not None and spec.format.is_integer and spec.format.bits == 8 for spec in specs)
 
 
-def _scale(tensor: str, readers: list[Reader], recipe: Recipe, calibration: Calibration) -> Array:
-    target = TARGETS.get(recipe.target)
-    first = readers[0].layout
-    stats = layer_stats(first, calibration, tensor)
-    if stats is None:
-        raise DataError(
-            f"{recipe.equalize} needs statistics per channel of {tensor!r}",
-            expected="statistics collected with --detail gram",
-            do="qpipe quantize with --data, which collects what the recipe needs",
-        )
-    assert recipe.weights is not None
-    own = recipe.weights.spec(*_axes(first))
-    x_spec = None
-    if recipe.activations is not None:
-        x_spec = recipe.activations.spec(target.activation_format, target.activation_symmetric)
-    stacked = np.concatenate([reader.matrix() for reader in readers])
-    scale = EQUALIZERS.resolve(str(recipe.equalize))(stacked, first.spec(own), stats, x_spec)
-    return np.asarray(scale, dtype=np.float32)
+def _stats_of(tensor: gs.Tensor, layout: Layout, name: str, calibration: Calibration) -> WeightStats | None:
+    stats = layer_stats(layout, calibration, tensor.name)
+    if stats is not None and stats.channels is not None:
+        return stats
+    if name == AUTO:
+        return None
+    level = "gram" if "gram" in EQUALIZERS.resolve(name).needs else "channels"
+    raise DataError(
+        f"{name} needs statistics per channel of {tensor.name!r}",
+        expected=f"statistics collected with --detail {level}",
+        do=f"qpipe calibrate model.onnx --data data.npz --detail {level} -o model.qcal",
+    )
 
 
-def _axes(layout: Layout) -> tuple[int, int]:
-    return layout.order[0], layout.order[1]
+def _scale(readers: list[Reader], stats: WeightStats, name: str, *, may_fold: bool) -> Array:
+    """Return the channel scale [in] of one tensor, 1 throughout where it does not pay."""
+    matrix, first = np.concatenate([reader.matrix() for reader in readers]), readers[0]
+    equalizer = EQUALIZERS.resolve(AUTO_EQUALIZER if name == AUTO else name)
+    scale = np.asarray(equalizer(matrix, first.spec, stats, first.x_spec), dtype=np.float32)
+    if name != AUTO or may_fold:
+        return scale
+    errors = [
+        output_error(matrix * s, first.spec, stats.scaled(s), first.x_spec, Rtn()) for s in (np.ones_like(scale), scale)
+    ]
+    return scale if errors[1] <= WORTH_A_MUL * errors[0] else np.ones_like(scale)
+
+
+def _apply(
+    graph: gs.Graph, place: tuple[gs.Tensor, list[Reader]], scale: Array, names: FreshNames, *, private: bool
+) -> tuple[Equalized, gs.Tensor]:
+    """Scale weights and tensor; return what was done, and the tensor that the layers read now."""
+    tensor, readers = place
+    old, result, kept = tensor.name, tensor, {id(output) for output in graph.outputs}
+    for reader in readers:
+        _multiply(reader, scale, names)
+    folded = private and fold(tensor, scale, names, kept)
+    if folded:
+        tensor.name = names(f"{old}_equalized")
+    else:
+        result = _divide(graph, tensor, readers, scale, names)
+    layers = tuple(reader.node.name for reader in readers)
+    spread = float(scale.max() / scale.min())
+    return Equalized(tensor=old, layers=layers, spread=spread, folded=folded), result
+
+
+def _scaled(stats: WeightStats, scale: Array) -> TensorStats:
+    """Return the statistics of the tensor divided by ``scale`` [in]; its histogram holds the ends of its range."""
+    scaled = stats.scaled(scale)
+    ends = np.asarray(scaled.interval, dtype=np.float32)
+    return TensorStats(histogram=Histogram.of(ends), channels=scaled.channels, gram=scaled.gram)
 
 
 def _multiply(reader: Reader, scale: Array, names: FreshNames) -> None:
@@ -144,23 +212,7 @@ def _multiply(reader: Reader, scale: Array, names: FreshNames) -> None:
     reader.node.inputs[1] = constant(names(f"{old.name}_equalized"), np.ascontiguousarray(values).astype(dtype))
 
 
-def _fold(tensor: gs.Tensor, scale: Array, names: FreshNames) -> bool:
-    """Divide scale and bias of the LayerNorm that makes ``tensor``; whether that was possible."""
-    producer = tensor.inputs[0] if tensor.inputs else None
-    if producer is None or producer.op not in ("LayerNormalization", "RMSNormalization"):
-        return False
-    parameters = [weight_of(t) for t in producer.inputs[1:3] if not t.is_empty()]
-    if any(p is None or p.shape != scale.shape for p in parameters):
-        return False
-    for i, parameter in enumerate(parameters, start=1):
-        assert parameter is not None
-        old = parameter.values()
-        producer.inputs[i] = constant(names(f"{producer.inputs[i].name}_equalized"), (old / scale).astype(old.dtype))
-    tensor.name = names(f"{tensor.name}_equalized")
-    return True
-
-
-def _divide(graph: gs.Graph, tensor: gs.Tensor, readers: list[Reader], scale: Array, names: FreshNames) -> None:
+def _divide(graph: gs.Graph, tensor: gs.Tensor, readers: list[Reader], scale: Array, names: FreshNames) -> gs.Tensor:
     dtype = np.float32 if tensor.dtype is None else tensor.dtype
     inverse = constant(names(f"{tensor.name}_channel_scale"), (1 / scale).astype(dtype))
     result = gs.Variable(names(f"{tensor.name}_equalized"), dtype=tensor.dtype, shape=tensor.shape)
@@ -168,3 +220,4 @@ def _divide(graph: gs.Graph, tensor: gs.Tensor, readers: list[Reader], scale: Ar
     graph.nodes.append(node)
     for reader in readers:
         reader.node.inputs[0] = result
+    return result

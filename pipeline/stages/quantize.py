@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ...calibrate.equalize import EQUALIZERS
 from ...calibrate.errors import ModelError
 from ...calibrate.qarray import QArray
 from ...calibrate.weights import WEIGHT_METHODS
@@ -14,10 +13,12 @@ from ..forms.cast import narrow
 from ..graph import Model, all_graphs
 from ..plan import Plan, Site
 from ..precision import widen
-from ..recipe import Recipe
+from ..recipe import AUTO, Recipe
 from ..statistics import with_constants, with_moved
 from ..targets import TARGETS
+from . import choice
 from .decide import decide
+from .equalize import Equalized, equalize, needs_of
 from .floats import Given, border_of, float_notes, require_float_type, with_floats
 from .insert import insert
 from .lower import lower, needed_opset, opset_note
@@ -53,6 +54,7 @@ class Quantized:
         activations: Ranges and scales of activations.
         weights: Codes of weights.
         passes: Passes of the target that rewrote something -> how many places.
+        equalized: Tensors that were divided by a scale per channel.
         notes: What could not be seen before the numbers were there, and a user should know.
     """
 
@@ -61,6 +63,7 @@ class Quantized:
     activations: dict[Key, Solved]
     weights: dict[Site, QArray]
     passes: dict[str, int] = field(default_factory=dict)
+    equalized: tuple[Equalized, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -104,9 +107,11 @@ def profits_from_statistics(recipe: Recipe, *, in_order: bool = False) -> bool:
 
 
 def needed_detail(recipe: Recipe, *, in_order: bool = False) -> str:
-    """Return what a recipe needs to know of layer inputs beside their histograms; see `stages.details`."""
+    """Return what a recipe needs to know, or profits from, of layer inputs beside histograms; see `stages.details`."""
     needs = {need for part in _parts(recipe) for need in _needs(part, in_order=in_order)}
-    return "gram" if "gram" in needs else "channels" if needs else "none"
+    if "gram" in needs or "auto" in needs:
+        return "gram" if "gram" in needs else "auto"
+    return "channels" if needs else "none"
 
 
 def _parts(recipe: Recipe) -> list[Recipe]:
@@ -121,9 +126,10 @@ def _needs(recipe: Recipe, *, in_order: bool) -> set[str]:
     needs = {"channels"} if recipe.form == "outlier" and recipe.outliers.looks_at_data else set()
     if recipe.weights is not None and not (in_order and recipe.weights.sequential):
         needs |= _looks_at_inputs(recipe)
-    if recipe.equalize:
-        needs |= EQUALIZERS.resolve(recipe.equalize).needs
-    return needs
+    if choice.wants_data(recipe):
+        needs |= {"auto"} if recipe.weights is not None and not recipe.weights.algorithm else set()
+        needs |= {"channels"} if recipe.equalize == AUTO else set()
+    return needs | needs_of(recipe)
 
 
 def quantize_model(
@@ -167,6 +173,8 @@ def quantize_model(
     if needed_opset(plan, model.opset) > model.opset:
         model = prepare(move_opset(model, needed_opset(plan, model.opset)))
         plan = plan_of(model)
+    equalized, calibration = equalize(model.graph, plan, recipe, calibration)
+    plan = plan_of(model) if equalized else plan
     plan = settle_global(model.graph, settle_nonfinite(model.graph, plan, skip=options.skip_nonfinite))
     calibration = with_constants(model.graph, plan, calibration) if calibration is not None else None
     activations = solve(plan, calibration, recipe.method)
@@ -195,6 +203,7 @@ def quantize_model(
         activations=activations,
         weights=weights,
         passes=passes,
+        equalized=tuple(equalized),
         notes=(
             *float_notes(recipe, calibration, given),
             *bench.notes,

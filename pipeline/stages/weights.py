@@ -198,7 +198,8 @@ def layer_stats(layout: Layout, calibration: Calibration | None, tensor: str) ->
     known = None if calibration is None else calibration.tensors.get(tensor)
     if known is None or layout.groups > 1 or (known.channels is None and known.gram is None):
         return None
-    return in_matrix_order(layout, WeightStats(gram=known.gram, channels=known.channels))
+    lo, hi = min(known.histogram.lo, 0.0), max(known.histogram.hi, 0.0)
+    return in_matrix_order(layout, WeightStats(gram=known.gram, channels=known.channels, lo=lo, hi=hi))
 
 
 def in_matrix_order(layout: Layout, stats: WeightStats) -> WeightStats | None:
@@ -215,7 +216,7 @@ def in_matrix_order(layout: Layout, stats: WeightStats) -> WeightStats | None:
         gram = Gram(matrix=gram.matrix[np.ix_(columns, columns)], tokens=gram.tokens)
     if drift is not None:
         drift = drift[np.ix_(columns, columns)]
-    return WeightStats(gram=gram, channels=channels, drift=drift)
+    return dataclasses.replace(stats, gram=gram, channels=channels, drift=drift)
 
 
 def settle_nonfinite(graph: gs.Graph, plan: Plan, *, skip: bool) -> Plan:

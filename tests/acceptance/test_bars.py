@@ -9,6 +9,9 @@ from qpipe.models.comparison import Row, Subject, compare, qpipe
 
 pytestmark = [pytest.mark.slow, pytest.mark.torch]
 
+PLAIN = {"scheme": "w8a8", "equalize": "none", "weights": {"algorithm": "rtn"}}
+"""int8 without any algorithm that makes up for its error."""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -17,7 +20,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rows(name: str, folder: Path, *schemes: str) -> dict[str, Row]:
     pytest.importorskip("torch")
-    found = compare(Subject.export(name, folder), {scheme: qpipe(scheme=scheme) for scheme in schemes})
+    configs = {scheme: qpipe(**PLAIN) if scheme == "plain" else qpipe(scheme=scheme) for scheme in schemes}
+    found = compare(Subject.export(name, folder), configs)
     assert [row.error for row in found if row.error] == []
     return {row.config: row for row in found}
 
@@ -39,20 +43,23 @@ def test_tiny_gpt_stays_within_one_percent(folder: Path) -> None:
 
 def test_minilm_keeps_its_neighbours(folder: Path) -> None:
     found = rows("minilm", folder, "w8a8", "w8a8-outlier")
-    assert found["w8a8"].metrics["cosine_mean"] >= 0.992
-    assert found["w8a8"].metrics["recall_at_10"] >= 0.89
+    assert found["w8a8"].metrics["cosine_mean"] >= 0.9985
+    assert found["w8a8"].metrics["recall_at_10"] >= 0.955
     assert abs(found["w8a8"].metrics["cosine_mean"] - found["w8a8"].deployed["cosine_mean"]) < 5e-4, "no saturation"
     assert found["w8a8-outlier"].metrics["cosine_mean"] >= 0.9994
     assert found["w8a8-outlier"].metrics["recall_at_10"] >= 0.97
 
 
-def test_planted_outliers_ruin_a_shared_scale_and_not_outlier_columns(folder: Path) -> None:
-    gpt = rows("tiny_gpt+outliers", folder, "w8a8", "w8a8-outlier")
-    assert gpt["w8a8-outlier"].metrics["perplexity"] <= 1.005 * gpt["float"].metrics["perplexity"]
-    assert gpt["w8a8"].metrics["perplexity"] > 1.05 * gpt["float"].metrics["perplexity"]
-    encoder = rows("minilm+outliers", folder, "w8a8", "w8a8-outlier")
+def test_planted_outliers_ruin_a_shared_scale_and_nothing_that_knows_of_them(folder: Path) -> None:
+    gpt = rows("tiny_gpt+outliers", folder, "plain", "w8a8", "w8a8-outlier")
+    limit = gpt["float"].metrics["perplexity"]
+    assert gpt["w8a8-outlier"].metrics["perplexity"] <= 1.005 * limit
+    assert gpt["w8a8"].metrics["perplexity"] <= 1.02 * limit
+    assert gpt["plain"].metrics["perplexity"] > 1.02 * limit
+    encoder = rows("minilm+outliers", folder, "plain", "w8a8", "w8a8-outlier")
     assert encoder["w8a8-outlier"].metrics["cosine_mean"] >= 0.999
-    assert encoder["w8a8"].metrics["cosine_mean"] < 0.97
+    assert encoder["w8a8"].metrics["cosine_mean"] >= 0.997
+    assert encoder["plain"].metrics["cosine_mean"] < 0.97
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

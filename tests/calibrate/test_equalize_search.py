@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from qpipe.calibrate.equalize import EQUALIZERS, LIMIT, output_error
+from qpipe.calibrate.equalize import EQUALIZERS, LIMIT, error_parts, output_error
 from qpipe.calibrate.equalize.awq import Awq
-from qpipe.calibrate.equalize.smoothquant import SmoothQuant
+from qpipe.calibrate.equalize.smoothquant import SmoothQuant, below
 from qpipe.calibrate.errors import DataError, RecipeError
 from qpipe.calibrate.formats import FORMATS
 from qpipe.calibrate.granularity import PER_TENSOR, per_block, per_channel
@@ -99,6 +99,30 @@ def test_the_expected_error_is_the_one_that_shows(outliers):
         assert expected == pytest.approx(simulate(w, x, s, W8), rel=0.3)
 
 
+def test_smoothquant_needs_no_gram_matrix():
+    w, _, stats = layer([60, 80, 40])
+    alone = SmoothQuant()(w, W8, WeightStats(channels=stats.channels), X8)
+    np.testing.assert_array_equal(alone, SmoothQuant()(w, W8, stats, X8))
+
+
+def test_a_ceiling_scales_only_the_channels_above_it():
+    """Powers of all magnitudes would stir up every column of the weights."""
+    s = below(np.array([8.0, 1.0, 0.0, 4.0]), np.array([1.0, 1.0, 1.0, 0.0]), 0.25)
+    assert s.tolist() == [4, 1, 1, 1]
+
+
+def test_known_bounds_make_the_expected_error_that_of_a_one_sided_tensor():
+    w, x, _ = layer([])
+    x = np.maximum(x, 0)
+    one_sided = Spec(format=FORMATS.get("uint8"), granularity=PER_TENSOR, symmetric=False)
+    known = WeightStats(channels=ChannelAmax.of(x), lo=0.0, hi=float(x.max()))
+    unknown = WeightStats(channels=ChannelAmax.of(x))
+    assert known.interval == (0.0, x.max())
+    assert known.scaled(np.full(128, 2.0)).interval == (0.0, x.max() / 2)
+    parts = [error_parts(w, W8, stats, one_sided, Rtn())[1] for stats in (known, unknown)]
+    assert parts[0] == pytest.approx(parts[1] / 4)
+
+
 def weight_error(w, x, s, spec, method, stats):
     return mse(x @ w.T, (x / s) @ dequantize(method(w * s, spec, stats.scaled(s))).T)
 
@@ -128,8 +152,12 @@ def test_missing_or_unfit_statistics_are_an_error(name):
     for wrong in (None, WeightStats(gram=stats.gram), WeightStats(gram=stats.gram, channels=ChannelAmax.of(x[:, :5]))):
         with pytest.raises(DataError, match=name):
             EQUALIZERS.get(name)(w, W8, wrong, X8)
+    without = WeightStats(channels=stats.channels)
+    if "gram" not in EQUALIZERS.get(name).needs:
+        assert EQUALIZERS.get(name)(w, W8, without, X8).shape == (12,)
+        return
     with pytest.raises(DataError, match="Gram"):
-        EQUALIZERS.get(name)(w, W8, WeightStats(channels=stats.channels), X8)
+        EQUALIZERS.get(name)(w, W8, without, X8)
 
 
 @pytest.mark.parametrize("name", EQUALIZERS.names())

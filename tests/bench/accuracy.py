@@ -1,0 +1,90 @@
+"""Static int8 beside its peers: what it costs in accuracy and gains in time, on the reference models.
+
+    python tests/bench/accuracy.py [MODEL ...] [--configs NAME ...] [--no-peers] [--w4] [--json]
+
+Every configuration is made from the same calibration data and evaluated on the same held-out data: the metrics of the
+task in exact semantics (ONNX Runtime's optimizations off) and as deployed on this CPU, and the speed over the float
+model as deployed, all in turn in this process. ``qpipe plain`` rounds to nearest and equalizes nothing; ``smoothquant``
+and ``gptq`` each add one algorithm; ``default`` is what no flag gives. Peers: ONNX Runtime's own tools, and NNCF where
+it is installed; a line says when it is not. Models with ``+outliers`` have planted outlier features. ``--w4`` adds the
+4-bit weights of `accuracy_w4.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import logging
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import accuracy_w4
+from qpipe.models.comparison import PEERS, Maker, Row, Subject, compare, qpipe
+from qpipe.pipeline.cli.demo import table
+
+MODELS = ("digits_cnn", "tiny_gpt", "minilm")
+RTN = {"algorithm": "rtn"}
+CONFIGS: dict[str, Maker] = {
+    "qpipe default": qpipe(scheme="w8a8"),
+    "qpipe default, no VNNI": qpipe(scheme="w8a8", target="ort-cpu-avx2"),
+    "qpipe plain": qpipe(scheme="w8a8", equalize="none", weights=RTN),
+    "qpipe smoothquant": qpipe(scheme="w8a8", weights=RTN),
+    "qpipe gptq": qpipe(scheme="w8a8", equalize="none"),
+    "qpipe cross_layer": qpipe(scheme="w8a8", equalize="cross_layer"),
+    "qpipe mse": qpipe(scheme="w8a8", method="mse"),
+}
+
+
+def nncf(subject: Subject, path: Path) -> None:
+    """NNCF's post-training quantization of an ONNX model with its defaults."""
+    import nncf as tool
+    import onnx
+
+    quantized = tool.quantize(onnx.load(subject.float_path), tool.Dataset(subject.reference.calibration_batches()))
+    onnx.save(quantized, path)
+
+
+def peers() -> dict[str, Maker]:
+    """Return ONNX Runtime's tools and the peers that are installed; stderr names the others."""
+    found = dict(PEERS)
+    if importlib.util.find_spec("nncf") is None:
+        print("NNCF is not installed: left out (pip install nncf)", file=sys.stderr)
+    else:
+        found["NNCF"] = nncf
+    return found
+
+
+def measure(models: list[str], configs: dict[str, Maker], folder: Path) -> list[Row]:
+    """Return the rows of all models, float first."""
+    return [row for name in models for row in compare(Subject.export(name, folder), configs)]
+
+
+def main() -> None:
+    """Measure and print a table, or one JSON object."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", default=list(MODELS))
+    parser.add_argument("--configs", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--w4", action="store_true")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    warnings.simplefilter("ignore")
+    configs = {name: CONFIGS[name] for name in arguments.configs}
+    with tempfile.TemporaryDirectory(prefix="qpipe-accuracy-") as folder:
+        rows = measure(arguments.models, {**configs, **({} if arguments.no_peers else peers())}, Path(folder))
+        w4 = accuracy_w4.measure(Path(folder)) if arguments.w4 else {}
+    if arguments.json:
+        print(json.dumps({"rows": [dataclasses.asdict(row) for row in rows], "w4": w4}))
+        return
+    print("\n".join(table(rows)))
+    if w4:
+        accuracy_w4.show(w4)
+
+
+if __name__ == "__main__":
+    main()

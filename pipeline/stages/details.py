@@ -56,10 +56,11 @@ def require_memory(graph: gs.Graph, details: Mapping[str, Detail], memory: int) 
     Raises:
         UnsupportedError: They need more.
     """
-    needed = _gram_bytes(graph, {name for name, detail in details.items() if detail.gram})
+    wanted = {name for name, detail in details.items() if detail.gram}
+    needed = _gram_bytes(graph, wanted)
     if needed > memory:
         raise UnsupportedError(
-            "XᵀX of the layers' inputs does not fit into memory",
+            f"XᵀX of {len(wanted)} layer inputs does not fit into memory",
             found=f"{needed / 1e9:.1f} GB",
             expected=f"at most {memory / 1e9:.1f} GB",
             do="collect with --detail channels and use an algorithm that needs no more, rtn or hqq",

@@ -29,6 +29,7 @@ from .stages.quantize import (
     profits_from_statistics,
     quantize_model,
     runs_in_order,
+    runs_layers,
 )
 from .stages.sequential import Data
 from .stages.upgrade import upgrade
@@ -173,8 +174,8 @@ def quantize_file(
     if data is not None and not isinstance(data, Calibration):
         recipe = recipe.settled(knows_inputs=True)
         in_order = runs_in_order(recipe)
-        batches = list(data) if in_order else data
-        options = QuantizeOptions(data=Data(batches=batches) if in_order else None)
+        batches = list(data) if runs_layers(recipe) else data
+        options = QuantizeOptions(data=Data(batches=batches) if runs_layers(recipe) else None)
         if profits_from_statistics(recipe, in_order=in_order):
             calibration = job.collect(batches, detail=needed_detail(recipe, in_order=in_order))
     result = job.quantize(recipe, calibration, options)

@@ -101,10 +101,10 @@ def has_data(given: Mapping[str, Any]) -> bool:
 def layer_data(job: Job, recipe: Recipe, given: Mapping[str, Any]) -> Iterator[Data | None]:
     """Give the data on which layers are quantized one after the other, with progress on stderr; None for none."""
     from ..data import inputs_of
-    from ..stages.quantize import runs_in_order
+    from ..stages.quantize import runs_layers
     from ..stages.sequential import Data
 
-    if not has_data(given) or not runs_in_order(recipe):
+    if not has_data(given) or not runs_layers(recipe):
         yield None
         return
     feed = feed_from(given, inputs_of(job.model.graph))

@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 @click.option("--float-type", help="Type of what stays float: float32, float16 or bfloat16.")
 @click.option("--equalize", help="auto, none, smoothquant, smoothquant:0.75, awq; cross_layer needs --data.")
 @click.option("--algorithm", help="Weight algorithm, e.g. rtn, rtn_mse, gptq, hqq.")
+@click.option(
+    "--bias-correction", is_flag=True, help="Take back in biases what quantizing adds on average; needs --data."
+)
 @click.option("--set", "settings", multiple=True, metavar="KEY=VALUE", help="Any recipe key, e.g. weights.format=int4.")
 @click.option("--recipe", type=click.Path(path_type=Path), help="Recipe file (YAML); flags win over its keys.")
 @click.option("--include", multiple=True, metavar="PATTERN", help="Quantize only nodes that match: glob, re:, op:.")
@@ -152,6 +155,8 @@ def _short_settings(given: dict[str, Any]) -> list[str]:
         settings += ["weights.granularity=block", f"weights.block_size={given['block']}"]
     if given["algorithm"]:
         settings.append(f"weights.algorithm={given['algorithm']}")
+    if given["bias_correction"]:
+        settings.append("bias_correction=true")
     return settings
 
 
@@ -263,6 +268,8 @@ def _choices(result: Quantized | Preview) -> list[str]:
     algorithms = Counter(d.algorithm for d in result.plan.coded() if d.site.role == "weight")
     named = ", ".join(f"{name} ({n})" for name, n in algorithms.most_common())
     lines = [f"weights by {named}"] if named else []
+    if corrected := getattr(result, "corrected", 0):
+        lines.append(f"biases of {corrected} layers corrected")
     equalized = getattr(result, "equalized", ())
     if equalized:
         folded = sum(entry.folded for entry in equalized)

@@ -39,7 +39,7 @@ def wanted_details(graph: gs.Graph, level: str) -> dict[str, Detail]:
         if node.op in ("MatMul", "Gemm"):
             details[name] = Detail(axis=-1, gram=whole)
         elif node.op == "Conv" and whole and name not in details:
-            window = _window(node)
+            window = window_of(node)
             if window is not None:
                 details[name] = Detail(axis=1, window=window, gram=True)
     return details
@@ -106,7 +106,8 @@ def hidden_tensors(functions: Iterable[onnx.FunctionProto]) -> list[str]:
     return list(wanted)
 
 
-def _window(node: gs.Node) -> Window | None:
+def window_of(node: gs.Node) -> Window | None:
+    """Return how a Conv without groups reads its input; None where patches cannot stand for it."""
     weight = weight_of(node.inputs[1])
     if weight is None or node.attrs.get("auto_pad", "NOTSET") != "NOTSET" or node.attrs.get("group", 1) != 1:
         return None

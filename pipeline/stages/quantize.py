@@ -17,6 +17,7 @@ from ..recipe import AUTO, Recipe
 from ..statistics import with_constants, with_moved
 from ..targets import TARGETS
 from . import choice
+from .correct_biases import correct_biases, give_biases
 from .decide import decide
 from .equalize import Equalized, equalize, needs_of
 from .floats import Given, border_of, float_notes, require_float_type, with_floats
@@ -55,6 +56,7 @@ class Quantized:
         weights: Codes of weights.
         passes: Passes of the target that rewrote something -> how many places.
         equalized: Tensors that were divided by a scale per channel.
+        corrected: Layers whose bias takes back what quantizing adds to their mean output.
         notes: What could not be seen before the numbers were there, and a user should know.
     """
 
@@ -64,6 +66,7 @@ class Quantized:
     weights: dict[Site, QArray]
     passes: dict[str, int] = field(default_factory=dict)
     equalized: tuple[Equalized, ...] = ()
+    corrected: int = 0
     notes: tuple[str, ...] = ()
 
 
@@ -87,6 +90,11 @@ def runs_in_order(recipe: Recipe) -> bool:
     return any(
         _looks_at_inputs(part) and part.weights is not None and part.weights.sequential for part in _parts(recipe)
     )
+
+
+def runs_layers(recipe: Recipe) -> bool:
+    """Whether a recipe runs layers on data while it quantizes."""
+    return recipe.bias_correction or runs_in_order(recipe)
 
 
 def needs_statistics(recipe: Recipe, *, in_order: bool = False) -> bool:
@@ -164,6 +172,8 @@ def quantize_model(
     if given.nodes:
         widen(model.graph)
     calibration = with_moved(model.graph, calibration) if calibration is not None else None
+    if recipe.bias_correction:
+        give_biases(model.graph)
 
     def plan_of(model: Model) -> Plan:
         plan = decide(model.graph, recipe, calibration, model_hash, model.functions)
@@ -180,6 +190,7 @@ def quantize_model(
     activations = solve(plan, calibration, recipe.method)
     in_order = options.data is not None and runs_in_order(recipe)
     weights = _weights(model, plan, calibration, options.data if in_order else None)
+    corrected = correct_biases(model, plan, options.data, activations, weights) if recipe.bias_correction else 0
     target = TARGETS.get(recipe.target)
     bench = Workbench(
         graph=model.graph,
@@ -204,6 +215,7 @@ def quantize_model(
         weights=weights,
         passes=passes,
         equalized=tuple(equalized),
+        corrected=corrected,
         notes=(
             *float_notes(recipe, calibration, given),
             *bench.notes,

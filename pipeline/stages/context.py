@@ -38,7 +38,7 @@ class Context:
         calibration: Statistics, None when no activation gets a static scale.
         opset: Of the model.
         layers: Recipes of some nodes, by pattern; the first that matches wins.
-        ends: First and last layers that stay in float on request, with the reason.
+        ends: Nodes that stay in float wherever they stand, with the reason: first and last layers on request.
         functions: Domain and name of model-local functions, whose calls are no operators.
     """
 

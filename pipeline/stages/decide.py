@@ -7,7 +7,7 @@ every body of If, Loop and Scan, is decided for itself.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import onnx
@@ -69,6 +69,7 @@ def decide(
     calibration: Calibration | None,
     model_hash: str = "",
     functions: Collection[onnx.FunctionProto] = (),
+    kept: Mapping[str, str] | None = None,
 ) -> Plan:
     """Decide for every node and tensor how it is stored.
 
@@ -78,6 +79,7 @@ def decide(
         calibration: Statistics; None is enough when no activation gets a static scale.
         model_hash: Of the float model, recorded in the plan.
         functions: Model-local functions, which are kept as they are.
+        kept: Nodes that stay in float, by name, and why.
 
     Returns:
         The plan; `Plan.quantized` may be empty, the reasons are in the decisions.
@@ -87,6 +89,7 @@ def decide(
         RecipeError: A pattern matches no node, or an unknown target or format.
     """
     context = _context(graph, recipe, calibration, functions)
+    context = replace(context, ends={**context.ends, **(kept or {})})
     nodes = [node for inner in all_graphs(graph) for node in inner.nodes]
     require_matches([*recipe.include, *recipe.exclude, *(pattern for pattern, _ in context.layers)], nodes)
     if calibration is None and any(context.is_static(node) for node in nodes):
@@ -225,7 +228,8 @@ def _weighted(node: gs.Node, rule: OpRule, context: Context, draft: _Draft, regi
     if context.opset < PER_CHANNEL_OPSET and recipe.weights.granularity == "channel":
         reason += f"; one scale per tensor, for opset {context.opset} has none per channel (qpipe quantize --upgrade)"
     known = None if context.calibration is None else context.calibration.tensors.get(node.inputs[0].name)
-    by_data = context.is_static(node) and known is not None
+    # A weight of several layers is stored once, so its codes cannot follow the inputs of one of them.
+    by_data = context.is_static(node) and known is not None and len(weight.constant.outputs) == 1
     algorithm = choice.algorithm(recipe, spec, known) if by_data else choice.algorithm_of(node.op, recipe.weights)
     how = (context.form_for(node), algorithm)
     draft.put_weight(node, rule.weight, spec, reason, how)

@@ -9,6 +9,7 @@ the one that just holds all channels, whatever the calibration method, for after
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,8 @@ AUTO_EQUALIZER = "smoothquant"
 """What ``auto`` takes for layers that multiply 8-bit codes with static scales."""
 WORTH_A_MUL = 0.5
 """Share of the expected error that ``auto`` must leave at most to put a Mul in front of layers."""
+TRUSTED_TOKENS = 256
+"""Values per channel from which on ``auto`` believes their largest magnitude: that of a few says little of the next."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,12 +69,21 @@ class Equalized:
         layers: Names of the layers that read it.
         spread: Largest over smallest channel scale.
         folded: Whether the division went into the operator that makes the tensor.
+        divider: Name of the Mul that divides it, ``""`` where the division was folded.
     """
 
     tensor: str
     layers: tuple[str, ...]
     spread: float
     folded: bool
+    divider: str = ""
+
+
+def kept_of(equalized: Iterable[Equalized]) -> dict[str, str]:
+    """Return the nodes that must stay in float: a scale per channel, stored with one scale, would be lost."""
+    return {
+        entry.divider: "divides by a scale per channel, which codes would round" for entry in equalized if entry.divider
+    }
 
 
 def equalize(
@@ -97,6 +109,8 @@ def equalize(
     known, done, names = calibration or Calibration(tensors={}), list[Equalized](), FreshNames(graph)
     added: dict[str, TensorStats] = {}
     for tensor, readers in _readers(graph, plan, every=recipe.equalize != AUTO):
+        if recipe.equalize == AUTO and not _own_their_weights(readers):
+            continue
         stats = _stats_of(tensor, readers[0].layout, recipe.equalize, known)
         if stats is None:
             continue
@@ -107,8 +121,10 @@ def equalize(
         entry, result = _apply(graph, (tensor, readers), scale, names, private=private)
         done.append(entry)
         added[result.name] = _scaled(stats, scale)
+    if not done:
+        return [], calibration
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
-    return done, dataclasses.replace(known, tensors={**known.tensors, **added}) if added else calibration
+    return done, dataclasses.replace(known, tensors={**known.tensors, **added})
 
 
 def needs_of(recipe: Recipe) -> frozenset[str]:
@@ -137,6 +153,12 @@ def _readers(graph: gs.Graph, plan: Plan, *, every: bool) -> list[tuple[gs.Tenso
     return list(found.values())
 
 
+def _own_their_weights(readers: list[Reader]) -> bool:
+    """Whether nobody else reads the layers' weights, which would be stored twice, once equalized."""
+    weights = [weight_of(reader.node.inputs[1]) for reader in readers]
+    return all(weight is not None and len(weight.constant.outputs) == 1 for weight in weights)
+
+
 def _by_node(plan: Plan, role: str) -> dict[str, Decision]:
     return {d.site.node: d for d in reversed(plan.quantized()) if d.site.role == role and d.form != "cast"}
 
@@ -154,10 +176,11 @@ def _is_static_byte(decision: Decision, data: Decision | None) -> bool:
 
 def _stats_of(tensor: gs.Tensor, layout: Layout, name: str, calibration: Calibration) -> WeightStats | None:
     stats = layer_stats(layout, calibration, tensor.name)
-    if stats is not None and stats.channels is not None:
-        return stats
+    known = stats is not None and stats.channels is not None
     if name == AUTO:
-        return None
+        return stats if stats is not None and known and stats.channels.tokens >= TRUSTED_TOKENS else None
+    if known:
+        return stats
     level = "gram" if "gram" in EQUALIZERS.resolve(name).needs else "channels"
     raise DataError(
         f"{name} needs statistics per channel of {tensor.name!r}",
@@ -192,9 +215,10 @@ def _apply(
         tensor.name = names(f"{old}_equalized")
     else:
         result = _divide(graph, tensor, readers, scale, names)
+    divider = "" if folded else result.inputs[0].name
     layers = tuple(reader.node.name for reader in readers)
     spread = float(scale.max() / scale.min())
-    return Equalized(tensor=old, layers=layers, spread=spread, folded=folded), result
+    return Equalized(tensor=old, layers=layers, spread=spread, folded=folded, divider=divider), result
 
 
 def _scaled(stats: WeightStats, scale: Array) -> TensorStats:

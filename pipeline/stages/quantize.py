@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ...calibrate.errors import ModelError
@@ -19,7 +20,7 @@ from ..targets import TARGETS
 from . import choice
 from .correct_biases import correct_biases, give_biases
 from .decide import decide
-from .equalize import Equalized, equalize, needs_of
+from .equalize import Equalized, equalize, kept_of, needs_of
 from .floats import Given, border_of, float_notes, require_float_type, with_floats
 from .insert import insert
 from .lower import lower, needed_opset, opset_note
@@ -175,8 +176,8 @@ def quantize_model(
     if recipe.bias_correction:
         give_biases(model.graph)
 
-    def plan_of(model: Model) -> Plan:
-        plan = decide(model.graph, recipe, calibration, model_hash, model.functions)
+    def plan_of(model: Model, kept: Mapping[str, str] | None = None) -> Plan:
+        plan = decide(model.graph, recipe, calibration, model_hash, model.functions, kept)
         return with_floats(model.graph, plan, recipe, calibration, given)
 
     plan = plan_of(model)
@@ -184,7 +185,7 @@ def quantize_model(
         model = prepare(move_opset(model, needed_opset(plan, model.opset)))
         plan = plan_of(model)
     equalized, calibration = equalize(model.graph, plan, recipe, calibration)
-    plan = plan_of(model) if equalized else plan
+    plan = plan_of(model, kept_of(equalized)) if equalized else plan
     plan = settle_global(model.graph, settle_nonfinite(model.graph, plan, skip=options.skip_nonfinite))
     calibration = with_constants(model.graph, plan, calibration) if calibration is not None else None
     activations = solve(plan, calibration, recipe.method)

@@ -33,7 +33,7 @@ def net(body: str) -> onnx.ModelProto:
 
 
 def batches() -> list[dict[str, np.ndarray]]:
-    return [{"x": normal(2, 6, 32, seed=i)} for i in range(4)]
+    return [{"x": normal(16, 6, 32, seed=i)} for i in range(4)]
 
 
 def statistics(proto: onnx.ModelProto, level: str = "gram") -> Calibration:

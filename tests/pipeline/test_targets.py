@@ -59,8 +59,8 @@ def test_the_checker_agrees_with_the_target(target: Target) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_scheme_meets_every_target(scheme: str, name: str) -> None:
     """A product becomes what the target runs, or stays with a reason; what comes out passes the checker."""
-    body = "g (float[N,64] x) => (float[N,32] y) { a = MatMul(x, w)  y = Add(a, b) }"
-    source = model(body, w=normal(64, 32), b=normal(32))
+    body = "g (float[N,128] x) => (float[N,32] y) { a = MatMul(x, w)  y = Add(a, b) }"
+    source = model(body, w=normal(128, 32), b=normal(32))
     target = TARGETS.get(name)
     float_type = SCHEMES[scheme].keys.get("float_type")
     if float_type and float_type not in target.float_types:
@@ -75,7 +75,7 @@ def test_every_scheme_meets_every_target(scheme: str, name: str) -> None:
     if decision.form not in ("cast", "outlier"):
         assert decision.form == form_of("MatMul", adapt(make_recipe(scheme=scheme, target=name), target), target)
     if (name.startswith("ort-cpu") or name == "portable") and scheme != "bf16":  # ONNX Runtime has no bfloat16 MatMul
-        x = np.abs(normal(4, 64, seed=3))
+        x = np.abs(normal(4, 128, seed=3))
         got, wanted = (run(p, {"x": x})[0] for p in (found.proto, source))
         saturates = name == "portable" and scheme == "w8a8-dynamic" and int8_saturates()
         assert np.abs(got - wanted).max() < (0.5 if saturates or "4" in scheme else 0.1) * np.abs(wanted).max()

@@ -138,9 +138,9 @@ def test_a_model_that_random_numbers_do_not_run_asks_for_statistics(folder: Path
 def test_operators_that_take_the_place_of_others_go_by_their_names(
     folder: Path, run: Run, scheme: str, kernel: str
 ) -> None:
-    body = '<ir_version: 8, opset_import: ["": 17]> small (float[N,64] x) => (float[N,64] y) { y = MatMul(x, w) }'
+    body = '<ir_version: 8, opset_import: ["": 17]> small (float[N,128] x) => (float[N,64] y) { y = MatMul(x, w) }'
     proto = onnx.parser.parse_model(body)
-    weight = np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    weight = np.random.default_rng(0).normal(size=(128, 64)).astype(np.float32)
     proto.graph.initializer.append(onnx.numpy_helper.from_array(weight, "w"))
     proto.graph.node[0].name = "layer"
     onnx.save(proto, folder / "one.onnx")

@@ -34,9 +34,10 @@ def test_calibrate_quantize_validate(calibrated: Path, run: Run) -> None:
 
 
 def test_quantize_collects_when_given_data(folder: Path, run: Run) -> None:
-    assert run("quantize", "m.onnx", "--data", "load.py", "-o", "a.onnx", "-q").code == 0
+    rounding = ("--algorithm", "rtn", "-q")  # sums of products, which GPTQ takes, round differently batch by batch
+    assert run("quantize", "m.onnx", "--data", "load.py", "-o", "a.onnx", *rounding).code == 0
     assert run("calibrate", "m.onnx", "--data", "data.npz", "--batch", "5", "-o", "m.qcal").code == 0
-    assert run("quantize", "m.onnx", "--calib", "m.qcal", "-o", "b.onnx").code == 0
+    assert run("quantize", "m.onnx", "--calib", "m.qcal", "-o", "b.onnx", *rounding).code == 0
     assert (folder / "a.onnx").read_bytes() == (folder / "b.onnx").read_bytes(), "other batches, same statistics"
 
 

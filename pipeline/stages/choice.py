@@ -88,9 +88,16 @@ def form_of(op: str, recipe: Recipe, target: Target) -> str:
     return "qdq"
 
 
-def algorithm_of(op: str, weights: WeightOptions) -> str:
-    """Return the algorithm of a weight; of the state of a recurrent operator there are no statistics to look at."""
-    return "rtn_mse" if op in RECURRENT and WEIGHT_METHODS.resolve(weights.method).needs else weights.method
+def algorithm_of(op: str, weights: WeightOptions, *, can_look: bool = True) -> str:
+    """Return the algorithm of a weight, ``rtn_mse`` where it asks for inputs that cannot be had.
+
+    Args:
+        op: Operator type; of the state of a recurrent one there are no statistics.
+        weights: What the recipe says.
+        can_look: Whether the node's input is known, or can be: bodies of If, Loop and Scan do not run by themselves.
+    """
+    blind = op in RECURRENT or not can_look
+    return "rtn_mse" if blind and WEIGHT_METHODS.resolve(weights.method).needs else weights.method
 
 
 def no_kernel(op: str, recipe: Recipe, target: Target) -> str:

@@ -230,7 +230,9 @@ def _weighted(node: gs.Node, rule: OpRule, context: Context, draft: _Draft, regi
     known = None if context.calibration is None else context.calibration.tensors.get(node.inputs[0].name)
     # A weight of several layers is stored once, so its codes cannot follow the inputs of one of them.
     by_data = context.is_static(node) and known is not None and len(weight.constant.outputs) == 1
-    algorithm = choice.algorithm(recipe, spec, known) if by_data else choice.algorithm_of(node.op, recipe.weights)
+    can_look = not draft.inside or (known is not None and known.gram is not None)
+    algorithm = choice.algorithm_of(node.op, recipe.weights, can_look=can_look)
+    algorithm = choice.algorithm(recipe, spec, known) if by_data else algorithm
     how = (context.form_for(node), algorithm)
     draft.put_weight(node, rule.weight, spec, reason, how)
     for slot, other in further.items():

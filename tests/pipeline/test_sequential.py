@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+from onnx import numpy_helper
 from qpipe.calibrate.errors import DataError
 from qpipe.calibrate.metrics import mse
 from qpipe.calibrate.qarray import dequantize
@@ -226,3 +227,15 @@ def test_statistics_alone_are_those_of_the_float_model_and_that_is_said(tmp_path
     result = job.quantize(make_recipe(scheme="w4"), calibration)
     assert {d.algorithm for d in result.plan.quantized()} == {"gptq"}
     assert any("the float model's layers" in note for note in result.notes)
+
+
+def test_layers_inside_bodies_take_an_algorithm_that_looks_at_none(tmp_path) -> None:
+    """Bodies do not run by themselves, so their inputs are not known behind the quantized layers."""
+    text = BRANCHY.replace("e = Relu(c)", "e = MatMul(c, w6)")
+    source = model(
+        text, w6=normal(32, 32, seed=8), **{t.name: numpy_helper.to_array(t) for t in branchy().graph.initializer}
+    )
+    onnx.save(source, tmp_path / "m.onnx")
+    done = quantize_file(tmp_path / "m.onnx", tmp_path / "q.onnx", make_recipe(scheme="w4"), batches())
+    algorithms = {d.site.tensor: d.algorithm for d in done.plan.quantized() if d.site.role == "weight"}
+    assert algorithms == {"w1": "gptq", "w2": "gptq", "w5": "gptq", "w6": "rtn_mse"}

@@ -30,10 +30,10 @@ FORMS = ("ort-json", "ort-flatbuffers", "ort-text", "trt-cache")
 @click.option("--cluster", metavar="WHERE", help="Run the workers on dask:ADDRESS of a scheduler, ray, or ray:ADDRESS.")
 @click.option(
     "--detail",
-    type=click.Choice(["none", "channels", "gram"]),
+    type=click.Choice(["none", "channels", "gram", "auto"]),
     default="channels",
     show_default=True,
-    help="What to keep of layer inputs beside histograms: magnitudes per channel, or XᵀX too (GPTQ, AWQ).",
+    help="What to keep of layer inputs: magnitudes per channel, or XᵀX too (GPTQ, AWQ), or that where it stays small.",
 )
 @click.option("--allow-nonfinite", is_flag=True, help="Accept activations that are NaN or infinite.")
 @click.option(

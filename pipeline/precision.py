@@ -14,12 +14,13 @@ from functools import cache
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.ir.tensor import SparseValues
 
 from ..calibrate.formats import FORMATS
 from .constants import QUANTIZABLE, dtype_name
 from .fresh import FreshNames
 from .graph import all_graphs, constant, values
-from .graph.constants import computed
+from .graph.constants import recast
 from .graph.queries import STANDARD_DOMAINS
 from .ordering import sort_nodes
 
@@ -247,10 +248,10 @@ class _Retyping:
 def converted(tensor: gs.Constant, name: str, kind: str) -> gs.Constant:
     """Return a constant of another float type; large ones are converted when they are read."""
     onnx_type = FORMATS.get(kind).onnx_type
-    shape = tuple(int(d) for d in tensor.shape)
-    if np.prod(shape) <= _SMALL:
+    is_small = np.prod([int(d) for d in tensor.shape]) <= _SMALL
+    if is_small or isinstance(tensor._values, SparseValues):
         return constant(name, _rounded(values(tensor), kind), onnx_type)
-    return computed(name, shape, onnx_type, lambda: [lambda: _rounded(values(tensor), kind)])
+    return recast(name, tensor, onnx_type)
 
 
 def _rounded(array: np.ndarray, kind: str) -> np.ndarray:

@@ -45,8 +45,10 @@ def insert_nbits(bench: Workbench, node: gs.Node, decisions: list[Decision]) -> 
 
 
 def _unsigned(codes: Array, spec: Spec) -> Array:
-    shift = 2 ** (spec.format.bits - 1) if spec.format.kind == "int" else 0
-    return (codes.astype(np.int16) + shift).astype(np.uint8)
+    if spec.format.kind != "int":
+        return codes.astype(np.uint8)
+    # Bytes wrap around, which makes -2^(bits-1) the code 0.
+    return codes.astype(np.int8).view(np.uint8) + np.uint8(2 ** (spec.format.bits - 1))
 
 
 def pack_blocks(codes: Array, bits: int, size: int) -> Array:
@@ -55,7 +57,7 @@ def pack_blocks(codes: Array, bits: int, size: int) -> Array:
     A last block that is cut short is filled up with the middle code.
     """
     missing = -codes.shape[1] % size
-    filled = np.pad(codes, ((0, 0), (0, missing)), constant_values=2 ** (bits - 1))
+    filled = np.pad(codes, ((0, 0), (0, missing)), constant_values=2 ** (bits - 1)) if missing else codes
     return pack_rows(filled, bits).reshape(len(codes), -1, size * bits // 8)
 
 
@@ -63,5 +65,6 @@ def pack_rows(codes: Array, bits: int) -> Array:
     """Pack codes [N, n] of 4 or 8 bits into bytes, every row for itself: [N, ceil(n * bits / 8)]."""
     if bits == 8:
         return np.ascontiguousarray(codes, dtype=np.uint8)
-    even = np.pad(codes.astype(np.uint8), ((0, 0), (0, codes.shape[1] % 2)))
+    odd = codes.shape[1] % 2
+    even = np.pad(codes.astype(np.uint8), ((0, 0), (0, odd))) if odd else codes.astype(np.uint8, copy=False)
     return np.ascontiguousarray(even[:, 0::2] | even[:, 1::2] << 4)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from onnx import helper
 from outlier_models import BFLOAT16, TYPES, Case, open_session, random_case, run, tensor
 from qpipe import plugins
-from qpipe.plugins.outlier_matmul.op import MAX_NEW_OUTLIERS, Packed, padded, quantize_rows
+from qpipe.plugins.outlier_matmul.op import MAX_NEW_OUTLIERS, Packed, pack, padded, quantize_rows
 
 pytestmark = pytest.mark.usefixtures("plugin_library")
 LANES = ("scalar", "avx2", "emulated-vnni", "avxvnni", "avx512vnni", "amx")
@@ -98,6 +98,27 @@ def test_sums_beyond_24_bits_are_exact_until_they_become_float(lane, rows) -> No
     exact = x.astype(np.int64) @ w_q.T.astype(np.int64)
     assert exact.min() > 2**24
     np.testing.assert_array_equal(got, exact.astype(np.float32))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9, 40])
+@pytest.mark.parametrize("inputs", [16, 64, 83])
+@pytest.mark.parametrize("first", [0, 1, 15])
+def test_any_number_of_columns_may_be_outliers(lane, rows, inputs, first) -> None:
+    """All of them, too: the integer product then is empty."""
+    case = random_case(rows, (rows, inputs), 37, 0, np.dtype(np.float32))
+    w = np.random.default_rng(inputs).standard_normal((37, inputs)).astype(np.float32)
+    case.packed = pack(w, np.arange(first, inputs), np.float32)
+    assert_close(case, run(open_session(case.model()), case.x)[0])
+
+
+def test_outlier_columns_may_come_in_any_order(lane) -> None:
+    """The contract wants them ascending; a file that does not keep to it must not make the kernel read elsewhere."""
+    case = random_case(11, (9, 80), 20, 4, np.dtype(np.float32))
+    expected = run(open_session(case.model()), case.x)[0]
+    order = [2, 0, 3, 1]
+    case.packed.outlier_index[:] = case.packed.outlier_index[order]
+    case.packed.w_outlier[:, :4] = case.packed.w_outlier[:, order]
+    np.testing.assert_allclose(run(open_session(case.model()), case.x)[0], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [5, 33])

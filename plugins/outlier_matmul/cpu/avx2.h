@@ -28,6 +28,35 @@ namespace {
     for (int64_t i = 0; i < count; ++i) out[i] = bfloat_to_float(words[i]);
 }
 
+// Positions of the set bits of a byte, in order.
+struct SetBits {
+    uint8_t position[256][8] = {};
+
+    constexpr SetBits() {
+        for (int byte = 0; byte < 256; ++byte) {
+            for (int bit = 0, next = 0; bit < 8; ++bit) {
+                if (byte >> bit & 1) position[byte][next++] = static_cast<uint8_t>(bit);
+            }
+        }
+    }
+};
+constexpr SetBits kSetBits;
+
+[[maybe_unused]] int64_t gather(const float* x, const uint8_t* keep, int64_t count, float* out) {
+    int64_t kept = 0, i = 0;
+    for (; i + 8 <= count; i += 8) {
+        const uint8_t bits = keep[i / 8];
+        const __m128i positions = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSetBits.position[bits]));
+        // A whole vector: what it writes too many lies before x[i + 8], and so has been read.
+        _mm256_storeu_ps(out + kept, _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + i), _mm256_cvtepu8_epi32(positions)));
+        kept += __builtin_popcount(bits);
+    }
+    for (; i < count; ++i) {
+        if (keep[i / 8] >> i % 8 & 1) out[kept++] = x[i];
+    }
+    return kept;
+}
+
 [[maybe_unused]] uint32_t amax_bits(const float* x, int64_t count) {
     const __m256i mask = _mm256_set1_epi32(0x7fffffff);
     __m256i largest[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
@@ -78,7 +107,7 @@ namespace {
 struct Ymm {
     using Type = __m256;
     static constexpr int64_t kWidth = 8;
-    static constexpr int kRows = 4;  // rows of an epilogue block
+    static constexpr int kRows = 4, kStrips = 1;  // an epilogue block: 8 vectors, 2 weights and 1 activation
     static Type set1(float v) { return _mm256_set1_ps(v); }
     static Type load(const float* from) { return _mm256_loadu_ps(from); }
     static Type to_float(const int32_t* from) {

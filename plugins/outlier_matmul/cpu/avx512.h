@@ -5,15 +5,28 @@
 
 #include <cstring>
 
+#include "avx2.h"
 #include "lanes.h"
 
 namespace qpipe::outlier_matmul {
 namespace {
 
+int64_t gather_wide(const float* x, const uint8_t* keep, int64_t count, float* out) {
+    int64_t kept = 0, i = 0;
+    for (; i + 16 <= count; i += 16) {
+        uint16_t bits;
+        std::memcpy(&bits, keep + i / 8, sizeof bits);
+        // A whole vector: what it writes too many lies before x[i + 16], and so has been read.
+        _mm512_storeu_ps(out + kept, _mm512_maskz_compress_ps(bits, _mm512_loadu_ps(x + i)));
+        kept += __builtin_popcount(bits);
+    }
+    return kept + gather(x + i, keep + i / 8, count - i, out + kept);
+}
+
 struct Zmm {
     using Type = __m512;
     static constexpr int64_t kWidth = 16;
-    static constexpr int kRows = 8;  // rows of an epilogue block
+    static constexpr int kRows = 8, kStrips = 2;  // an epilogue block: 16 vectors
     static Type set1(float v) { return _mm512_set1_ps(v); }
     static Type load(const float* from) { return _mm512_loadu_ps(from); }
     static Type to_float(const int32_t* from) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(from)); }

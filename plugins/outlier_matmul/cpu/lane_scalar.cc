@@ -15,6 +15,14 @@ void widen_words(const void* x, int64_t count, float* out) {
     for (int64_t i = 0; i < count; ++i) out[i] = Convert(words[i]);
 }
 
+int64_t gather(const float* x, const uint8_t* keep, int64_t count, float* out) {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count; ++i) {
+        if (keep[i / 8] >> i % 8 & 1) out[kept++] = x[i];
+    }
+    return kept;
+}
+
 uint32_t amax_bits(const float* x, int64_t count) {
     uint32_t largest = 0;
     for (int64_t i = 0; i < count; ++i) {
@@ -77,6 +85,7 @@ constexpr Lane kLane{"scalar",
                      /*saturates=*/false,
                      /*depth=*/16,
                      {widen_float, widen_words<half_to_float>, widen_words<bfloat_to_float>},
+                     gather,
                      amax_bits,
                      encode,
                      each_strip<dot>,

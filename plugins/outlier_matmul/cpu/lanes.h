@@ -86,6 +86,8 @@ struct Lane {
     int64_t depth;   // a strip's inputs are padded to a multiple of it
     // Elements to float32, without loss.
     void (*widen[kElementTypes])(const void* x, int64_t count, float* out);
+    // Elements whose bit in `keep` is set, in order; returns how many. `out` may be `x`; keep is padded to 64 bits.
+    int64_t (*gather)(const float* x, const uint8_t* keep, int64_t count, float* out);
     // Largest magnitude as float bits; infinities and NaN are 0x7f800000 and more.
     uint32_t (*amax_bits)(const float* x, int64_t count);
     // clip(rint(x * inverse), -127, 127) + 128; rint rounds half to even. Writes whole vectors: q is padded to 64.

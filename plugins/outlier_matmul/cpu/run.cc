@@ -40,18 +40,23 @@ OrtStatus* parallel(const OrtKernelContext* context, bool serial, size_t total, 
     return api().KernelContext_ParallelFor(context, fn, total, 0, data);
 }
 
-// Four inputs of the columns of a strip, [16][4]; what lies beyond the last column or input is 0.
+void find_regular(int64_t inputs, Weights& weights) {
+    weights.keep.assign(static_cast<size_t>(round_up(inputs, 64) / 8), 0xff);
+    for (const int32_t index : weights.outlier_index) {
+        if (index < 0 || index >= inputs) continue;  // refused when X is known
+        weights.keep[static_cast<size_t>(index / 8)] &= static_cast<uint8_t>(~(1u << index % 8));
+    }
+    for (int64_t k = 0; k < inputs; ++k) {
+        if (weights.keep[static_cast<size_t>(k / 8)] >> k % 8 & 1) weights.regular.push_back(static_cast<int32_t>(k));
+    }
+}
+
+// Four inputs of the columns of a strip, [16][4], from the strip's rows [16][depth].
 struct Quad {
     int8_t w[kStripColumns * kQuad];
 
-    Quad(const int8_t* w_q, int64_t columns, int64_t inputs, int64_t n0, int64_t k) {
-        for (int64_t n = 0; n < kStripColumns; ++n) {
-            if (n0 + n < columns && k < inputs) {
-                std::memcpy(w + n * kQuad, w_q + (n0 + n) * inputs + k, kQuad);
-            } else {
-                std::memset(w + n * kQuad, 0, kQuad);
-            }
-        }
+    Quad(const int8_t* rows, int64_t depth, int64_t k) {
+        for (int64_t n = 0; n < kStripColumns; ++n) std::memcpy(w + n * kQuad, rows + n * depth + k, kQuad);
     }
 
     bool is_safe() const {
@@ -71,13 +76,21 @@ void make_strips(const int8_t* w_q, int64_t columns, int64_t inputs, bool satura
     weights.order.resize(static_cast<size_t>(strips * quads));
     weights.safe.resize(static_cast<size_t>(strips));
     weights.correction.assign(static_cast<size_t>(weights.columns), 0);
+    std::vector<int8_t> rows(static_cast<size_t>(kStripColumns * weights.depth), 0);
     for (int64_t strip = 0; strip < strips; ++strip) {
+        for (int64_t n = 0; n < kStripColumns; ++n) {
+            const int64_t column = strip * kStripColumns + n;  // those beyond the last column are zeros
+            int8_t* row = rows.data() + n * weights.depth;
+            for (size_t k = 0; k < weights.regular.size(); ++k) {
+                row[k] = column < columns ? w_q[column * inputs + weights.regular[k]] : int8_t{0};
+            }
+        }
         int32_t* correction = weights.correction.data() + strip * kStripColumns;
         int8_t* packed = weights.strips.data() + strip * kStripColumns * weights.depth;
         int32_t* order = weights.order.data() + strip * quads;
         int64_t front = 0, back = quads;  // safe quads fill from the front, the others from the back
         for (int64_t k = 0; k < weights.depth; k += kQuad) {
-            const Quad quad(w_q, columns, inputs, strip * kStripColumns, k);
+            const Quad quad(rows.data(), weights.depth, k);
             const bool safe = !saturates || quad.is_safe();
             const int64_t place = safe ? front++ : --back;
             order[place] = static_cast<int32_t>(k);
@@ -94,10 +107,11 @@ Weights prepare(const Tensor (&in)[6], const Extents& extents, ElementType type,
     Weights weights;
     const int64_t columns = extents.outputs, outliers = extents.outliers;
     weights.columns = round_up(columns, kStripColumns);
-    weights.depth = round_up(extents.inputs_padded, lane.depth);
     const auto padded = static_cast<size_t>(weights.columns);
     const auto* index = in[kOutlierIndex].as<int32_t>();
     weights.outlier_index.assign(index, index + outliers);
+    find_regular(extents.inputs_padded, weights);
+    weights.depth = round_up(static_cast<int64_t>(weights.regular.size()), lane.depth);
     weights.w_scale.assign(padded, 0.0f);
     std::copy_n(in[kWScale].as<float>(), columns, weights.w_scale.begin());
     weights.no_bias.assign(padded, 0.0f);
@@ -169,34 +183,37 @@ void Run::quantize_task(size_t task) {
 }
 
 void Run::quantize_row(int64_t m, float* row) {
-    const int64_t inputs = extents.inputs;
-    const size_t start = static_cast<size_t>(m * inputs) * element_size(type);
-    lane.widen[type](static_cast<const char*>(x) + start, inputs, row);
-    for (int64_t o = 0; o < extents.outliers; ++o) {
-        float& value = row[weights.outlier_index[static_cast<size_t>(o)]];
-        x_outlier[m * extents.outliers + o] = value;
-        value = 0.0f;
+    const char* given = static_cast<const char*>(x) + static_cast<size_t>(m * extents.inputs) * element_size(type);
+    const float* values = row;
+    if (type == kFloat32) {
+        values = reinterpret_cast<const float*>(given);
+    } else {
+        lane.widen[type](given, extents.inputs, row);
     }
-    const uint32_t bits = lane.amax_bits(row, inputs);
+    for (int64_t o = 0; o < extents.outliers; ++o) {
+        x_outlier[m * extents.outliers + o] = values[weights.outlier_index[static_cast<size_t>(o)]];
+    }
+    const int64_t regular = lane.gather(values, weights.keep.data(), extents.inputs, row);
+    const uint32_t bits = lane.amax_bits(row, regular);
     uint8_t* codes = q + m * q_stride();
-    std::memset(codes + inputs, 0, static_cast<size_t>(weights.depth - inputs));
+    std::memset(codes + regular, 0, static_cast<size_t>(weights.depth - regular));
     if (limit > 0 && from_bits(bits) > limit) {
-        x_scale[m] = quantize_with_new_outliers(m, row, bits);
+        x_scale[m] = quantize_with_new_outliers(m, row, regular, bits);
     } else {
         x_scale[m] = std::max(from_bits(bits) / kOneDigit, kSmallestScale);
-        if (bits < kInfinityBits) lane.encode(row, inputs, 1.0f / x_scale[m], codes);
+        if (bits < kInfinityBits) lane.encode(row, regular, 1.0f / x_scale[m], codes);
     }
     if (bits >= kInfinityBits) {
-        std::memset(codes, 128, static_cast<size_t>(inputs));
+        std::memset(codes, 128, static_cast<size_t>(regular));
         x_scale[m] = std::numeric_limits<float>::quiet_NaN();
     }
 }
 
 // The rare row: its new outliers are collected, left out of the scale, and written with two digits.
-float Run::quantize_with_new_outliers(int64_t m, float* row, uint32_t amax_bits) {
+float Run::quantize_with_new_outliers(int64_t m, float* row, int64_t count, uint32_t amax_bits) {
     float regular = 0.0f;
     int64_t met = 0;
-    for (int64_t k = 0; k < extents.inputs; ++k) {
+    for (int64_t k = 0; k < count; ++k) {
         const float magnitude = std::fabs(row[k]);
         if (magnitude > limit) {
             ++met;
@@ -210,21 +227,21 @@ float Run::quantize_with_new_outliers(int64_t m, float* row, uint32_t amax_bits)
     uint8_t* codes = q + m * q_stride();
     if (met > kMaxNewOutliers) {
         const float scale = std::max(largest / kOneDigit, kSmallestScale);
-        lane.encode(row, extents.inputs, 1.0f / scale, codes);
+        lane.encode(row, count, 1.0f / scale, codes);
         return scale;
     }
     const float scale = std::max({regular / kOneDigit, largest / kTwoDigits, kSmallestScale});
     const float inverse = 1.0f / scale;
     std::vector<HighDigit>& digits = wide[static_cast<size_t>(m)];
-    for (int64_t k = 0; k < extents.inputs; ++k) {
+    for (int64_t k = 0; k < count; ++k) {
         if (!(std::fabs(row[k]) > limit)) continue;
         const float code = std::clamp(std::nearbyint(row[k] * inverse), -kTwoDigits, kTwoDigits);
         const float high = std::nearbyint(code / 128.0f);
-        digits.push_back({k, static_cast<int32_t>(high)});
+        digits.push_back({weights.regular[static_cast<size_t>(k)], static_cast<int32_t>(high)});
         // The low digit, -64..64, takes the value's place; scaled so that encoding gives exactly this digit.
         row[k] = (code - 128.0f * high) * scale;
     }
-    lane.encode(row, extents.inputs, inverse, codes);
+    lane.encode(row, count, inverse, codes);
     return scale;
 }
 

@@ -12,8 +12,13 @@
 namespace qpipe::outlier_matmul {
 
 // Constant inputs in the form that the lane reads. Arrays over columns are padded to a multiple of 16.
+//
+// Outlier columns take no part in the integer product: it has R regular inputs, which gains back a part of what the O
+// columns cost in floating point.
 struct Weights {
     std::vector<int32_t> outlier_index;  // [O]
+    std::vector<int32_t> regular;        // [R] the other inputs, ascending; those of w_q's padding are among them
+    std::vector<uint8_t> keep;           // a bit per input, set for the regular ones
     std::vector<float> w_scale;          // [N]
     std::vector<float> w_outlier;        // [N / 16][O][16], float32
     std::vector<float> no_bias;          // [N] zeros
@@ -22,7 +27,7 @@ struct Weights {
     std::vector<int32_t> safe;           // [N / 16]
     std::vector<int32_t> correction;     // [N]
     int64_t columns = 0;                 // N padded
-    int64_t depth = 0;                   // K padded as the lane wants it
+    int64_t depth = 0;                   // R padded as the lane wants it
 };
 
 Weights prepare(const Tensor (&in)[6], const Extents& extents, ElementType type, const Lane& lane);
@@ -65,7 +70,7 @@ struct Run {
     int64_t row_tasks() const;
     void quantize_task(size_t task);
     void quantize_row(int64_t m, float* buffer);
-    float quantize_with_new_outliers(int64_t m, float* row, uint32_t amax_bits);
+    float quantize_with_new_outliers(int64_t m, float* row, int64_t count, uint32_t amax_bits);
     void multiply_task(size_t task);
     void multiply_tile(int64_t strip, int64_t strips, int64_t m0, int64_t rows);
     void add_high_digits(int64_t m, int64_t n0, int64_t columns, int32_t* sums) const;

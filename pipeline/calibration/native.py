@@ -145,6 +145,7 @@ def countable(proto: onnx.ModelProto, job: Job, known: Mapping[str, Known]) -> l
     details: Mapping[str, Detail] = job.details
     constants = {tensor.name for tensor in proto.graph.initializer}
     main = {entry.name for entry in proto.graph.input} | {name for node in proto.graph.node for name in node.output}
+    main -= constants
     on_host = job.device == "cpu"
     simple = [n for n in dict.fromkeys(job.tensors) if n not in details or (on_host and details[n] == Detail())]
-    return [name for name in simple if name in main - constants and name in known and known[name].onnx_type in _TYPES]
+    return [name for name in simple if name in main and name in known and known[name].onnx_type in _TYPES]

@@ -7,6 +7,8 @@ inputs with default values and for some kinds of attributes. Each such rest is k
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -200,13 +202,12 @@ def _name_nodes(graph: gs.Graph) -> None:
     nodes = [node for inner in all_graphs(graph) for node in inner.nodes]
     taken = {node.name for node in nodes}
     seen: set[str] = set()
+    numbers: dict[str, Iterator[int]] = {}
     for node in nodes:
         if not node.name or node.name in seen:
             base = node.name or node.op
-            number = 0
-            while f"{base}_{number}" in taken:
-                number += 1
-            node.name = f"{base}_{number}"
+            free = numbers.setdefault(base, itertools.count())
+            node.name = next(name for number in free if (name := f"{base}_{number}") not in taken)
             taken.add(node.name)
             node.origin = NodeOrigin(node.name, node.origin.proto)
         seen.add(node.name)

@@ -21,6 +21,7 @@ from onnx import TensorProto, helper
 from ...calibrate.errors import UnsupportedError
 from ...calibrate.stats.extrema import SENTINEL, Extrema
 from ...calibrate.stats.histogram import BINS, Histogram
+from .placing import add_behind
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -76,15 +77,16 @@ def attach(proto: onnx.ModelProto, tensors: Iterable[str], *, sentinel: float = 
     """
     graph = proto.graph
     known = {entry.name for entry in graph.input} | {name for node in graph.node for name in node.output}
-    counted = list(dict.fromkeys(tensors))
+    counted, nodes = list(dict.fromkeys(tensors)), []
     for tensor in counted:
         if tensor not in known:
             raise UnsupportedError("only tensors of the main graph can be counted inside it", where=tensor)
         before, after = tensor + STATE_SUFFIX, tensor + NEXT_SUFFIX
         node = helper.make_node(OP_TYPE, [tensor, before], [after], name=after, domain=DOMAIN, sentinel=float(sentinel))
-        graph.node.append(node)
+        nodes.append(node)
         graph.input.append(helper.make_tensor_value_info(before, TensorProto.INT64, [STATE_WORDS]))
         graph.output.append(helper.make_tensor_value_info(after, TensorProto.INT64, [STATE_WORDS]))
+    add_behind(graph, nodes)
     if counted and DOMAIN not in {entry.domain for entry in proto.opset_import}:
         proto.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
     return counted

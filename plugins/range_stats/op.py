@@ -28,6 +28,7 @@ from ...calibrate.stats.channel_amax import ChannelAmax
 from ...calibrate.stats.extrema import SENTINEL, Extrema
 from ...calibrate.stats.histogram import BINS, Histogram
 from .. import library
+from .placing import add_behind
 
 DOMAIN = "qpipe"
 OP_TYPE = "RangeStatsHost"
@@ -66,14 +67,16 @@ def attach(
     known = {entry.name for entry in graph.input} | {name for node in graph.node for name in node.output}
     with_channels = set(channels)
     keys: dict[str, int] = {}
+    nodes = []
     for tensor in dict.fromkeys(tensors):
         if tensor not in known:
             raise UnsupportedError("only tensors of the main graph can be counted inside it", where=tensor)
         keys[tensor] = secrets.randbits(62)
         counted = tensor + OUTPUT_SUFFIX
         attributes = {"key": keys[tensor], "channels": int(tensor in with_channels), "sentinel": float(sentinel)}
-        graph.node.append(helper.make_node(OP_TYPE, [tensor], [counted], name=counted, domain=DOMAIN, **attributes))
+        nodes.append(helper.make_node(OP_TYPE, [tensor], [counted], name=counted, domain=DOMAIN, **attributes))
         graph.output.append(helper.make_tensor_value_info(counted, TensorProto.INT64, []))
+    add_behind(graph, nodes)
     if keys and DOMAIN not in {entry.domain for entry in proto.opset_import}:
         proto.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
     return Attached(proto=proto, keys=keys)

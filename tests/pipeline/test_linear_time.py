@@ -18,6 +18,7 @@ from qpipe.pipeline.stages.collect import CollectOptions, collect
 from qpipe.pipeline.stages.decide import wanted_tensors
 from qpipe.pipeline.stages.prepare import prepare
 from qpipe.pipeline.stages.quantize import quantize_model
+from qpipe.plugins.range_stats import device, op
 from quantizing import normal
 
 SHAPE = [1, 4, 2, 2]
@@ -82,18 +83,25 @@ def value(name: str) -> onnx.ValueInfoProto:
 
 
 def steps(work: Callable[[], Any]) -> int:
-    """Number of calls, of Python functions and of built-in ones."""
+    """Number of lines of Python that run, every turn of a loop counted, and of calls of built-in functions."""
     count = 0
 
-    def tick(frame: Any, event: str, argument: Any) -> None:
+    def line(frame: Any, event: str, argument: Any) -> Any:
         nonlocal count
-        count += event in ("call", "c_call")
+        count += 1
+        return line
 
-    sys.setprofile(tick)
+    def call(frame: Any, event: str, argument: Any) -> None:
+        nonlocal count
+        count += event == "c_call"
+
+    sys.settrace(line)
+    sys.setprofile(call)
     try:
         work()
     finally:
         sys.setprofile(None)
+        sys.settrace(None)
     return count
 
 
@@ -126,3 +134,21 @@ def test_twice_the_nodes_take_twice_the_steps_to_calibrate(
     collected(build(20), native=native)
     small, large = collected(build(150), native=native), collected(build(300), native=native)
     assert large < 2.2 * small
+
+
+def test_twice_the_nodes_without_names_take_twice_the_steps_to_load() -> None:
+    few, many = (built([helper.make_node("Neg", ["x"], [f"y{i}"]) for i in range(n)], "y0") for n in (1000, 2000))
+    assert steps(lambda: graph.from_proto(many)) < 2.2 * steps(lambda: graph.from_proto(few))
+
+
+@pytest.mark.parametrize("attach", [op.attach, device.attach])
+def test_a_counting_node_stands_behind_the_node_that_it_counts(attach: Callable[..., Any]) -> None:
+    """Nodes at the end would take ONNX Runtime quadratic time to sort, before each of its passes."""
+    source = chain(20)
+    before = [node.output[0] for node in source.graph.node]
+    attach(source, ["m3", "x", "c0"])
+    after = [(node.op_type, node.input[0], node.output[0]) for node in source.graph.node]
+    assert [made for kind, _, made in after if not kind.startswith("RangeStats")] == before
+    assert after[0][:2] == (after[2][0], "x")
+    assert after[2][1] == after[1][2] == "c0"
+    assert after[-1][1] == after[-2][2] == "m3"

@@ -12,11 +12,9 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..calibrate.errors import ThresholdError, UsageError
-from .files import replace_file
+from ..calibrate.errors import ThresholdError
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -229,24 +227,6 @@ def to_text(report: Report, width: int = 120) -> str:
 def to_json(report: Report) -> str:
     """Return the report as JSON text."""
     return json.dumps(report.to_dict(), indent=1, allow_nan=False)
-
-
-def save(report: Report, path: Path, *, force: bool = False) -> None:
-    """Write the report; ``.json``, ``.html`` and ``.txt`` choose the form.
-
-    Raises:
-        UsageError: Another suffix.
-        WriteError: The file exists (without ``force``), or cannot be written.
-    """
-    from .html import to_html
-
-    forms = {".json": to_json, ".html": to_html, ".htm": to_html, ".txt": to_text}
-    form = forms.get(path.suffix.lower())
-    if form is None:
-        raise UsageError("a report cannot have this suffix", where=str(path), expected=", ".join(forms))
-    content = form(report)
-    with replace_file(path, force=force) as temporary:
-        temporary.write_text(content, encoding="utf-8")
 
 
 def _rich_table(table: Table) -> RichTable:

@@ -86,9 +86,9 @@ def _table(file: Path, given: dict[str, Any]) -> None:
 
 
 def _statistics(file: Path, given: dict[str, Any]) -> None:
-    from .. import report as reports
     from ..calibration import load
     from ..inspect_calibration import calibration_report, inspect_calibration
+    from ..report import to_text
 
     if not file.is_file():
         raise UsageError("no such file", where=str(file), expected="a statistics file written by qpipe calibrate")
@@ -96,9 +96,11 @@ def _statistics(file: Path, given: dict[str, Any]) -> None:
     rows = inspect_calibration(calibration)
     report = calibration_report(calibration, rows, title=str(file))
     if given["report"]:
-        reports.save(report, given["report"], force=given["force"])
+        from ..report_file import save_report
+
+        save_report(report, given["report"], force=given["force"])
         output.note(f"wrote {given['report']}")
     data = {**report.to_dict(), "rows": [row.to_dict() for row in rows]}
     names = max((len(row.tensor) for row in rows), default=0)
     width = output.width() if sys.stdout.isatty() else names + _REST  # whoever reads lines wants names in one piece
-    output.emit(data, given["as_json"], reports.to_text(report, width).splitlines())
+    output.emit(data, given["as_json"], to_text(report, width).splitlines())

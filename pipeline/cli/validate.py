@@ -61,9 +61,9 @@ def command(float_model: Path, quantized_model: Path, **given: Any) -> None:
     "exact" runs every operator as ONNX defines it and judges the model; "deployed" runs ONNX Runtime's fused integer
     kernels and judges model and machine together. A threshold that is not kept gives exit code 1.
     """
-    from .. import report as reports
     from ..data import inputs_of
     from ..graph import load
+    from ..report import to_text
     from ..stages.validate import validate
 
     graph = load(float_model, allow_hardlinks=given["allow_hardlinks"]).graph
@@ -71,9 +71,11 @@ def command(float_model: Path, quantized_model: Path, **given: Any) -> None:
     with output.progress("validating", given["samples"], quiet=given["quiet"]) as advance:
         report = validate(float_model, quantized_model, feed, _options(given, lambda done: advance(done, "")))
     if given["report"]:
-        reports.save(report, given["report"], force=given["force"])
+        from ..report_file import save_report
+
+        save_report(report, given["report"], force=given["force"])
         output.note(f"wrote {given['report']}")
-    output.emit(report.to_dict(), given["as_json"], reports.to_text(report, output.width()).splitlines())
+    output.emit(report.to_dict(), given["as_json"], to_text(report, output.width()).splitlines())
     report.require()
 
 

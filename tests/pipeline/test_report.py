@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from qpipe.calibrate.errors import ThresholdError, UsageError, WriteError
 from qpipe.pipeline import charts, report
 from qpipe.pipeline.html import to_html
+from qpipe.pipeline.report_file import save_report
 
 EVIL = "<script>alert(1)</script>"
 ESCAPE = "\x1b]0;evil\x07\x9bm"
@@ -172,16 +173,16 @@ def test_html_of_500_tensors_stays_below_2_megabytes() -> None:
 def test_every_form_is_saved_and_none_is_overwritten(tmp_path: Path) -> None:
     for name in ("r.json", "r.html", "r.txt"):
         path = tmp_path / name
-        report.save(_report(), path)
+        save_report(_report(), path)
         before = path.read_bytes()
         assert b"a.onnx against b.onnx" in before
         with pytest.raises(WriteError):
-            report.save(_report(title="other"), path)
+            save_report(_report(title="other"), path)
         assert path.read_bytes() == before
-        report.save(_report(title="other"), path, force=True)
+        save_report(_report(title="other"), path, force=True)
         assert b"other" in path.read_bytes()
     with pytest.raises(UsageError):
-        report.save(_report(), tmp_path / "r.pdf")
+        save_report(_report(), tmp_path / "r.pdf")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["r.html", "r.json", "r.txt"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -73,6 +74,15 @@ def test_a_file_imports_only_from_its_floor_and_below(path: Path) -> None:
         assert floor_of(target) <= floor_of(here), f"{here} imports {target}"
         if here[0] == "pipeline" and here[1] in REGISTRIES and target[0] == "pipeline" and len(target) > 1:
             assert target[1] == here[1] or target[1] not in REGISTRIES, f"{here} imports the sibling {target}"
+
+
+def test_the_map_names_every_file() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = {word.removesuffix(".py").rpartition("/")[2] for word in re.findall(r"`([\w/.]+)`", text)}
+    one_per_item = {*REGISTRIES, "cli", "formats", "ranges", "weights", "equalize", "stats", "cpu", "models"}
+    for path in SOURCES:
+        listed = path.stem != "__init__" and not one_per_item & set(path.relative_to(ROOT).parts[:-1])
+        assert not listed or path.stem in named, f"CONTRIBUTING.md does not say where {path.name} belongs"
 
 
 def test_floor_zero_needs_numpy_and_ml_dtypes_only() -> None:

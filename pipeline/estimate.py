@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import math
 import os
-import resource
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -35,6 +33,7 @@ from .graph.halves import widened
 from .graph.lazy import REGION
 from .graph.parallel import cores, in_order
 from .layouts import Layout, layout_of
+from .memory import peak_memory
 from .plan import Decision, Plan
 from .streaming import ROUNDING
 
@@ -141,9 +140,8 @@ def measured(files: list[Path], seconds: float) -> Cost:
         files: What it wrote.
         seconds: Since the command began, less what was spent on collecting statistics.
     """
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return Cost(output_bytes=sum(path.stat().st_size for path in files), peak_bytes=peak, seconds=seconds)
+    written = sum(path.stat().st_size for path in files)
+    return Cost(output_bytes=written, peak_bytes=peak_memory(), seconds=seconds)
 
 
 def _tasks(model: Model, plan: Plan) -> Iterator[_Task]:

@@ -19,7 +19,7 @@ from ...calibrate.errors import WriteError
 
 Array = npt.NDArray[Any]
 
-LARGE = 2**20
+LARGE = 2**16
 """Arrays of fewer bytes stay in memory."""
 
 _SEGMENT = 2**28

@@ -5,7 +5,7 @@
 Builds a float16 transformer of random weights (blocks of Q, K, V, O, up and down projections between normalizations)
 in external data, in one of three layouts: ``one`` data file, ``shards`` (a data file per few blocks), or ``cache`` (the
 Hugging Face cache: model and shards are links into ``blobs/``). Each quantization is one ``qpipe quantize`` in a child,
-whose peak resident memory the kernel reports (``ru_maxrss``). Beside it stand reading the input and writing as many
+whose peak resident memory the kernel reports (``VmHWM``). Beside it stand reading the input and writing as many
 bytes as the output once, flushed, in the same run, right before. Input pages are dropped from the page cache before
 each (``posix_fadvise``); the system's cache as a whole cannot be dropped without rights, so some reads may still come
 from memory. The output is opened in ONNX Runtime, and two of its layers are compared with what quantizing them in
@@ -182,9 +182,10 @@ _CHILD = """
 import json, resource, sys, time
 start = time.perf_counter()
 from qpipe.pipeline.cli import main
+from qpipe.pipeline.memory import peak_memory
 code = main(sys.argv[1:])
 usage = resource.getrusage(resource.RUSAGE_SELF)
-print(json.dumps({"code": code, "peak": usage.ru_maxrss * 1024, "seconds": time.perf_counter() - start,
+print(json.dumps({"code": code, "peak": peak_memory(), "seconds": time.perf_counter() - start,
                   "processor": usage.ru_utime + usage.ru_stime}), file=sys.stderr)
 """
 

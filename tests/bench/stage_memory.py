@@ -3,7 +3,7 @@
     python tests/bench/stage_memory.py [--gib 2] [--type float32|float16] [--rows NAME ...] [--dir FOLDER] [--json]
 
 Each row is one `qpipe` command in a process of its own. ``peak`` is what the kernel says the process had resident at
-most (``ru_maxrss``); pages of mapped files count there, though the kernel may take them back at any time. ``own`` is
+most (``VmHWM``); pages of mapped files count there, though the kernel may take them back at any time. ``own`` is
 the largest memory of its own (``RssAnon``, looked at fifty times a second): what cannot be taken back.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -41,22 +40,34 @@ ROWS = {
 }
 
 
+_CHILD = """
+import sys
+from qpipe.pipeline.cli import main
+from qpipe.pipeline.memory import peak_memory
+code = main(sys.argv[1:])
+print(peak_memory(), file=sys.stderr)
+sys.exit(code)
+"""
+
+
 def measure(command: list[str]) -> dict:
     """Run a command; return its exit code, peak and own memory [bytes], seconds and the end of what it said."""
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+") as told:
-        process = subprocess.Popen([sys.executable, "-m", "qpipe", *command], stdout=subprocess.DEVNULL, stderr=told)
-        own, done = 0, (0, 0, None)
-        while not done[0]:
+        process = subprocess.Popen([sys.executable, "-c", _CHILD, *command], stdout=subprocess.DEVNULL, stderr=told)
+        own = 0
+        while process.poll() is None:
             own = max(own, anonymous(process.pid))
             time.sleep(0.02)
-            done = os.wait4(process.pid, os.WNOHANG)
-        process.returncode = os.waitstatus_to_exitcode(done[1])
         told.seek(0)
-        tail = told.read()[-300:]
-    peak = done[2].ru_maxrss * 1024
-    seconds = time.perf_counter() - start
-    return {"code": process.returncode, "peak_bytes": peak, "own_bytes": own, "seconds": seconds, "tail": tail}
+        *said, peak = told.read().splitlines() or ["0"]
+    return {
+        "code": process.returncode,
+        "peak_bytes": int(peak) if peak.isdigit() else 0,
+        "own_bytes": own,
+        "seconds": time.perf_counter() - start,
+        "tail": " ".join(said)[-300:],
+    }
 
 
 def anonymous(pid: int) -> int:

@@ -259,7 +259,14 @@ def quantize(x: Array, params: QParams) -> QArray:
         codes += spec.granularity.spread(params.zero_point.astype(np.float32), codes.shape)
     np.fmax(codes, np.float32(spec.qmin), out=codes)  # fmax, not maximum: NaN becomes the lowest code
     np.minimum(codes, np.float32(spec.qmax), out=codes)
-    return QArray(q=codes.astype(spec.format.dtype), params=params)
+    return QArray(q=_cast(codes, spec.format), params=params)
+
+
+def _cast(codes: F32, fmt: Format) -> Array:
+    """Cast whole numbers within the range of a format to its codes; by way of bytes, which is several times as fast."""
+    if fmt.bits < 8 and fmt.dtype != np.float32:
+        codes = codes.astype(np.int8 if fmt.is_signed else np.uint8)
+    return codes.astype(fmt.dtype, copy=False)
 
 
 def _nearest(scaled: F32, book: Format) -> Array:
@@ -281,7 +288,7 @@ def dequantize(qarray: QArray) -> F32:
 def _decode(q: Array, fmt: Format) -> F32:
     """What codes mean before the scale; small floats are looked up, which is faster than casting them."""
     if fmt.is_integer or fmt.bits > 8:
-        return q.astype(np.float32)
+        return q.astype(np.float32, copy=False)
     return np.asarray(_values(fmt).take(q.view(np.uint8) & np.uint8(2**fmt.bits - 1)))
 
 

@@ -59,10 +59,10 @@ def extremes(x: Array, granularity: Granularity) -> tuple[F32, F32]:
     """
     if x.dtype.itemsize == 2 and x.dtype.kind in "fV":
         keys = _ordered(np.ascontiguousarray(x).view(np.int16))
-        lo, hi = _reduced(keys, granularity, np.minimum), _reduced(keys, granularity, np.maximum)
+        lo, hi = granularity.reduce(keys, np.minimum), granularity.reduce(keys, np.maximum)
         return _unordered(lo, x.dtype), _unordered(hi, x.dtype)
     wide = widened(x)
-    return _reduced(wide, granularity, np.minimum), _reduced(wide, granularity, np.maximum)
+    return granularity.reduce(wide, np.minimum), granularity.reduce(wide, np.maximum)
 
 
 def _ordered(bits: npt.NDArray[np.int16]) -> npt.NDArray[np.int16]:
@@ -74,24 +74,6 @@ def _ordered(bits: npt.NDArray[np.int16]) -> npt.NDArray[np.int16]:
 
 def _unordered(keys: npt.NDArray[np.int16], dtype: np.dtype[Any]) -> F32:
     return _ordered(keys).view(dtype).astype(np.float32)
-
-
-def _reduced(x: Array, granularity: Granularity, ufunc: np.ufunc) -> Array:
-    """Reduce ``x`` to [scale_shape] as `Granularity.reduce` does, fast for blocks."""
-    if granularity.axis is None or not granularity.block_size:
-        return granularity.reduce(x, ufunc)
-    axis, size = granularity.axis % x.ndim, granularity.block_size
-    before, after = x.shape[:axis], x.shape[axis + 1 :]
-    whole = x.shape[axis] // size
-    head, rest = np.split(x, [whole * size], axis=axis)
-    blocks = head.reshape(*before, whole, size, *after)
-    while not after and blocks.shape[-1] % 2 == 0:  # numpy reduces short rows slowly, and halves of them quickly
-        half = blocks.shape[-1] // 2
-        blocks = ufunc(blocks[..., :half], blocks[..., half:])
-    found = np.asarray(ufunc.reduce(blocks, axis=axis + 1))
-    if not rest.shape[axis]:
-        return found
-    return np.concatenate([found, ufunc.reduce(rest, axis=axis, keepdims=True)], axis=axis)
 
 
 def scale_region(region: Region, granularity: Granularity, rank: int) -> Region:

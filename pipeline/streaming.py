@@ -74,11 +74,6 @@ def lazy_codes(weight: Weight, params: QParams) -> Lazy:
         params: In the axes of the weight.
     """
     spec, rank = params.spec, len(weight.shape)
-    bytewise = spec
-    if spec.format.is_integer and spec.format.bits < 8:
-        # Casting to a byte and from there to fewer bits is several times as fast as casting at once.
-        dtype = np.int8 if spec.format.is_signed else np.uint8
-        bytewise = dataclasses.replace(spec, format=dataclasses.replace(spec.format, dtype=dtype))
 
     def opener() -> Reader:
         reader = reader_of(weight)
@@ -86,7 +81,7 @@ def lazy_codes(weight: Weight, params: QParams) -> Lazy:
         def read(region: Region) -> Array:
             place = scale_region(region, spec.granularity, rank)
             zero = None if params.zero_point is None else params.zero_point[place]
-            here = QParams(scale=params.scale[place], zero_point=zero, spec=bytewise)
+            here = QParams(scale=params.scale[place], zero_point=zero, spec=spec)
             return quantize(widened(reader(region)), here).q
 
         return read

@@ -52,7 +52,9 @@ def _output_range(w: F32, spec: Spec, gram: Array) -> Range:
         return mse_range(w, spec, np.diag(gram))
     relative = (gram / (np.trace(gram) / len(gram) or 1.0)).astype(np.float32)
     if granularity.axis is None:
-        whole = search_clip(w.reshape(1, -1), row_spec(spec), lambda d: _cost(d.reshape(w.shape), relative).sum())
+        whole = search_clip(
+            w.reshape(1, -1), row_spec(spec), lambda d, _: _cost(d.reshape(w.shape), relative).sum()[None]
+        )
         return Range(lo=whole.lo.reshape(()), hi=whole.hi.reshape(()))
     size = granularity.block_size or w.shape[1]
     parts = [slice(start, start + size) for start in range(0, w.shape[1], size)]
@@ -61,7 +63,7 @@ def _output_range(w: F32, spec: Spec, gram: Array) -> Range:
 
 
 def _block_range(w: F32, spec: Spec, gram: F32) -> Range:
-    return search_clip(w, row_spec(spec), lambda d: _cost(d, gram)[:, None])
+    return search_clip(w, row_spec(spec), lambda d, _: _cost(d, gram))
 
 
 def _cost(difference: F32, gram: F32) -> F32:

@@ -8,8 +8,8 @@ from qpipe.calibrate.formats import FORMATS
 from qpipe.calibrate.granularity import PER_TENSOR, per_block, per_channel
 from qpipe.calibrate.qarray import Range, Spec, dequantize, fake_quant, minmax_range, params_from_range
 from qpipe.calibrate.stats.channel_amax import ChannelAmax
-from qpipe.calibrate.weights import WEIGHT_METHODS, WeightStats
-from qpipe.calibrate.weights.groups import from_groups, to_groups
+from qpipe.calibrate.weights import WEIGHT_METHODS, WeightStats, search
+from qpipe.calibrate.weights.groups import from_groups, row_spec, to_groups
 from qpipe.calibrate.weights.rtn import Rtn, RtnMse
 from qpipe.calibrate.weights.search import mse_range
 
@@ -101,6 +101,35 @@ def test_importance_protects_the_weights_that_meet_large_inputs():
     plain, aware = (dequantize(WEIGHT_METHODS.get("rtn_mse")(w, spec, s)) for s in (None, stats))
     assert np.square(w - plain).sum() < np.square(w - aware).sum()
     assert np.square(x @ (w - aware).T).sum() < 0.8 * np.square(x @ (w - plain).T).sum()
+
+
+@pytest.mark.parametrize("fmt", ["int2", "int4", "uint4", "int8", "float4_e2m1", "mxfp4", "nf4", "nvfp4"])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("weighted", [True, False])
+def test_rows_that_are_done_early_have_the_range_of_a_whole_search(fmt, symmetric, weighted, monkeypatch):
+    fmt = FORMATS.get(fmt)
+    rng = np.random.default_rng(6)
+    w = rng.standard_t(3, (500, fmt.block_size or 32)).astype(np.float32)
+    importance = rng.uniform(0, 2, w.shape[1]) if weighted else np.ones(w.shape[1])
+    spec = Spec(format=fmt, granularity=per_block(1, w.shape[1]), symmetric=symmetric)
+    looked_at = []
+
+    def counted(x, params):
+        looked_at.append(len(x) if x.shape[1] == w.shape[1] else 0)
+        return fake_quant(x, params)
+
+    def error(difference, rows):
+        return np.square(difference, dtype=np.float64) @ importance
+
+    monkeypatch.setattr(search, "fake_quant", counted)
+    whole = search.search_clip(w, row_spec(spec), error)
+    every = sum(looked_at)
+    looked_at.clear()
+    early = mse_range(w, spec, importance if weighted else None)
+    costs = [error(fake_quant(w, params_from_range(found, row_spec(spec))) - w, None) for found in (early, whole)]
+    np.testing.assert_allclose(costs[0], costs[1], rtol=1e-5)
+    assert every == 25 * len(w)
+    assert sum(looked_at) <= (0.8 if fmt.bits > 3 else 1) * every
 
 
 def test_large_weights_are_searched_in_chunks_without_a_seam():

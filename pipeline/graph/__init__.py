@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .checking import check, check_proto
-from .constants import computed, constant, recast, stored_size, values
+from .constants import constant, recast, stored_size, values
 from .exporter import to_proto
 from .identity import Topology, model_hash, topology
 from .importer import clone, from_proto
@@ -23,7 +23,6 @@ __all__ = [
     "check",
     "check_proto",
     "clone",
-    "computed",
     "constant",
     "constants",
     "consumers",

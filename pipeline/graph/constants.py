@@ -8,7 +8,7 @@ never kept. So a model may be larger than memory, and types that numpy does not 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,6 @@ from ...calibrate.errors import ModelError
 from .external import CHUNK, FileRange
 from .halves import widened
 from .lazy import Lazy, Reader, Region, piece
-from .parallel import in_order
 from .protos import Array, byte_size, header, is_packed, numpy_type, onnx_type_of, pack, unpack
 from .scratch import LARGE, keep
 
@@ -172,39 +171,24 @@ class PackedValues(KeyedValues):
 
 
 class ComputedValues(KeyedValues):
-    """Values that are made anew, block after block, each time they are read."""
+    """Values that are made anew, region after region, each time they are read."""
 
-    def __init__(
-        self,
-        tensor: TensorProto,
-        blocks: Callable[[], Iterable[Array | Callable[[], Array]]],
-        opener: Callable[[], Reader] | None = None,
-    ) -> None:
+    def __init__(self, tensor: TensorProto, source: Lazy) -> None:
         super().__init__(tensor)
-        self._blocks = blocks
-        self._opener = opener
+        self._source = source
 
     def open(self) -> Reader:
-        """Return a function that makes regions; all is made at once where the blocks are not known by region."""
-        return self._opener() if self._opener is not None else super().open()
+        """Return a function that makes regions."""
+        return self._source.open()
 
     def read(self) -> Array:
-        """Return all blocks in one array [shape]."""
-        made = np.empty(int(np.prod(self.shape)), self.dtype)
-        place = 0
-        for block in in_order(partial(self._typed, block) for block in self._blocks()):
-            made[place : place + block.size] = block
-            place += block.size
-        return made.reshape(self.shape)
+        """Return all of them in one array [shape]."""
+        return np.asarray(self._source, dtype=self.dtype)
 
     def jobs(self) -> Iterator[Job]:
-        """Yield functions that make the packed bytes of one block each."""
-        for block in self._blocks():
-            yield partial(lambda block: pack(self._typed(block)), block)
-
-    def _typed(self, block: Array | Callable[[], Array]) -> Array:
-        made = block() if callable(block) else block
-        return np.asarray(made, dtype=self.dtype).reshape(-1)
+        """Yield functions that make the packed bytes of one region each."""
+        for job in self._source.jobs():
+            yield partial(lambda job: pack(np.asarray(job(), dtype=self.dtype)), job)
 
 
 def constant(name: str, array: npt.ArrayLike | Lazy, onnx_type: str | int | None = None) -> Constant:
@@ -222,7 +206,7 @@ def constant(name: str, array: npt.ArrayLike | Lazy, onnx_type: str | int | None
     if isinstance(array, Lazy):
         number = onnx_type_of(array.dtype) if onnx_type is None else _type_number(onnx_type)
         tensor = TensorProto(name=name, data_type=number, dims=array.shape)
-        return Constant(name, ComputedValues(tensor, array.jobs, array.open))
+        return Constant(name, ComputedValues(tensor, array))
     data = np.asarray(array)
     number = _type_number(onnx_type) if onnx_type is not None else None
     if number is not None:
@@ -231,25 +215,6 @@ def constant(name: str, array: npt.ArrayLike | Lazy, onnx_type: str | int | None
         return Constant(name, Values(numpy_helper.from_array(data, name)))
     tensor = TensorProto(name=name, data_type=number or onnx_type_of(data.dtype), dims=data.shape)
     return Constant(name, PackedValues(tensor, pack(data)))
-
-
-def computed(
-    name: str,
-    shape: Iterable[int],
-    onnx_type: str | int,
-    blocks: Callable[[], Iterable[Array | Callable[[], Array]]],
-) -> Constant:
-    """Make a constant whose values are made when the model is saved, and never all held.
-
-    Args:
-        name: Name of the tensor.
-        shape: Dimensions.
-        onnx_type: Name in TensorProto.DataType, or its number.
-        blocks: Called for each reading; yields unpacked arrays that follow each other in row-major order, or functions
-            that make them, which are then called in several threads. All but the last must fill whole bytes.
-    """
-    tensor = TensorProto(name=name, data_type=_type_number(onnx_type), dims=tuple(shape))
-    return Constant(name, ComputedValues(tensor, blocks))
 
 
 def recast(name: str, tensor: Constant, onnx_type: str | int) -> Constant:

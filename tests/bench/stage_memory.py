@@ -2,9 +2,10 @@
 
     python tests/bench/stage_memory.py [--gib 2] [--type float32|float16] [--rows NAME ...] [--dir FOLDER] [--json]
 
-Each row is one `qpipe` command in a process of its own. ``peak`` is what the kernel says the process had resident at
-most (``VmHWM``); pages of mapped files count there, though the kernel may take them back at any time. ``own`` is
-the largest memory of its own (``RssAnon``, looked at fifty times a second): what cannot be taken back.
+Each row is one `qpipe` command in a process of its own; "export" is of a float32 PyTorch module as large, which its
+factory holds before qpipe begins, "quantize layers" is GPTQ layer by layer. ``peak`` is what the kernel says the
+process had resident at most (``VmHWM``); pages of mapped files count there, though the kernel may take them back at any
+time. ``own`` is the largest memory of its own (``RssAnon``, looked at fifty times a second): what cannot be taken back.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import numpy as np
 from large_model import HIDDEN, build
 
 _QCAL = ("--calib", "{gram}")
+_GPTQ = ("quantize", "{model}", "--scheme", "w4", "--algorithm", "gptq", "-o", "{out}")
 ROWS = {
+    "export": ("export", "{module}:build", "-o", "{out}"),
     "check": ("check", "{model}"),
     "inspect": ("inspect", "{model}", "--tensors", "--json"),
     "dry run": ("quantize", "{model}", "--scheme", "w4", "--dry-run"),
@@ -32,12 +35,22 @@ ROWS = {
     "calibrate gram": ("calibrate", "{model}", "--data", "{data}", "--detail", "gram", "-o", "{gram}"),
     "quantize static": ("quantize", "{model}", "--calib", "{channels}", "-o", "{static}"),
     "quantize outlier": ("quantize", "{model}", "--scheme", "w8a8-outlier", "--calib", "{channels}", "-o", "{out}"),
-    "quantize gptq": ("quantize", "{model}", "--scheme", "w4", "--algorithm", "gptq", *_QCAL, "-o", "{out}"),
+    "quantize gptq": (*_GPTQ, *_QCAL),
+    "quantize layers": (*_GPTQ, "--data", "{data}"),
     "quantize equalized": ("quantize", "{model}", "--equalize", "smoothquant", "--data", "{data}", "-o", "{out}"),
     "check result": ("check", "{static}"),
     "validate": ("validate", "{model}", "{static}", "--data", "{data}", "--rounds", "1"),
     "validate layers": ("validate", "{model}", "{static}", "--data", "{data}", "--rounds", "0", "--per-layer"),
 }
+
+
+_MODULE = """
+import torch
+
+def build():
+    layers = [torch.nn.Linear({hidden}, {hidden}, bias=False) for _ in range({count})]
+    return torch.nn.Sequential(*layers).eval(), {{"x": torch.ones(2, {hidden})}}
+"""
 
 
 _CHILD = """
@@ -84,11 +97,13 @@ def run(folder: Path, options: argparse.Namespace) -> list[dict]:
     model = build(folder, options.gib, "one", options.type)
     x = np.random.default_rng(0).normal(size=(2, 16, HIDDEN)).astype(options.type)
     np.savez(folder / "data.npz", h0=x)
+    count = round(options.gib * 2**30 / (4 * HIDDEN * HIDDEN))
+    (folder / "module.py").write_text(_MODULE.format(hidden=HIDDEN, count=count))
     results = folder / "results"
     results.mkdir()
     places = {name: results / f"{name}.onnx" for name in ("out", "static", "dynamic")}
     places |= {name: folder / f"{name}.qcal" for name in ("channels", "gram")}
-    places |= {"model": model, "data": folder / "data.npz"}
+    places |= {"model": model, "data": folder / "data.npz", "module": folder / "module.py"}
     size = sum(path.stat().st_size for path in folder.iterdir() if path.name.startswith(model.name[:5]))
     rows = []
     for name in options.rows or ROWS:

@@ -17,6 +17,7 @@ import pytest
 from onnx import ModelProto, TensorProto, helper, parser
 from qpipe.calibrate.errors import ModelError, QpipeError, UsageError
 from qpipe.pipeline import graph
+from qpipe.pipeline.graph.lazy import Reader
 
 MODEL = parser.parse_model("""
     <ir_version: 10, opset_import: ["": 21]>
@@ -231,10 +232,10 @@ def test_two_tensors_or_nodes_of_one_name_are_found() -> None:
 def test_checking_does_not_read_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     model = graph.from_proto(MODEL)
 
-    def blocks() -> list[np.ndarray]:
+    def opener() -> Reader:
         raise AssertionError("the weight was read")
 
-    model.graph.nodes[0].inputs[1] = graph.computed("big", (3,), "FLOAT", blocks)
+    model.graph.nodes[0].inputs[1] = graph.constant("big", graph.Lazy((3,), np.float32, opener))
     graph.check(model, after="insert")
     with pytest.raises(AssertionError):
         graph.to_proto(model)

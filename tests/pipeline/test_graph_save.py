@@ -17,8 +17,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from qpipe.calibrate.errors import WriteError
 from qpipe.pipeline import graph
-from qpipe.pipeline.graph import writing
+from qpipe.pipeline.graph import lazy, writing
 from qpipe.pipeline.graph.constants import FileValues
+from qpipe.pipeline.graph.lazy import Reader, Region
 
 EXTERNAL = {"external_threshold": 0}
 TARGET = "model.onnx"
@@ -138,22 +139,28 @@ def test_untouched_external_weights_are_copied_without_being_loaded(
     assert (tmp_path / "copy.onnx.data").read_bytes() == (tmp_path / f"{TARGET}.data").read_bytes()
 
 
-def test_computed_weights_are_streamed_and_counted(tmp_path: Path) -> None:
+def sizes(region: Region) -> list[int]:
+    return [part.stop - part.start for part in region]
+
+
+def test_computed_weights_are_streamed_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of(0)
-    held: list[int] = []
+    made: list[int] = []
 
-    def blocks() -> object:
-        for row in range(64):
-            held.append(row)
-            yield np.full((1, 64), 1, np.int8)
+    def ones(region: Region) -> np.ndarray:
+        made.append(region[0].start)
+        return np.ones(sizes(region), np.int8)
 
-    model.graph.nodes[0].inputs[1] = graph.computed("packed", (64, 64), "INT4", blocks)
+    monkeypatch.setattr(lazy.regions, "__defaults__", (512, 8))
+    model.graph.nodes[0].inputs[1] = graph.constant("packed", graph.Lazy((64, 64), np.int8, lambda: ones), "INT4")
     graph.save(model, tmp_path / TARGET, **EXTERNAL)
-    assert held == list(range(64))
+    assert sorted(made) == list(range(0, 64, 8))
     again = graph.load(tmp_path / TARGET).graph.nodes[0].inputs[1]
     assert graph.stored_size(again) == 64 * 64 // 2
     assert (graph.values(again) == 1).all()
-    model.graph.nodes[0].inputs[1] = graph.computed("short", (64, 64), "INT8", lambda: [np.zeros((63, 64), np.int8)])
+    monkeypatch.undo()
+    short = graph.Lazy((64, 64), np.int8, lambda: lambda region: np.zeros((63, 64), np.int8))
+    model.graph.nodes[0].inputs[1] = graph.constant("short", short)
     with pytest.raises(ValueError, match="gave 4032 bytes, its type and shape ask 4096"):
         graph.save(model, tmp_path / "short.onnx", **EXTERNAL)
     assert names(tmp_path) == [TARGET, f"{TARGET}.data"]
@@ -326,12 +333,12 @@ def test_a_second_save_is_told_who_writes(tmp_path: Path) -> None:
     if pid == 0:
         model = model_of(5)
 
-        def blocks() -> list[np.ndarray]:
+        def opener() -> Reader:
             os.write(tell, b"x")
             time.sleep(60)
-            return []
+            raise AssertionError
 
-        model.graph.nodes[0].inputs[1] = graph.computed("slow", (64, 64), "FLOAT", blocks)
+        model.graph.nodes[0].inputs[1] = graph.constant("slow", graph.Lazy((64, 64), np.float32, opener))
         try:
             graph.save(model, tmp_path / TARGET, **EXTERNAL)
         finally:
@@ -365,9 +372,8 @@ def test_a_large_model_is_never_one_message(tmp_path: Path) -> None:
     rows = 2**15
     model = model_of(0, count=3)
     for i, node in enumerate(model.graph.nodes):
-        node.inputs[1] = graph.computed(
-            f"big{i}", (rows, rows), "INT8", lambda: (np.zeros((1024, rows), np.int8) for _ in range(rows // 1024))
-        )
+        zeros = graph.Lazy((rows, rows), np.int8, lambda: lambda region: np.zeros(sizes(region), np.int8))
+        node.inputs[1] = graph.constant(f"big{i}", zeros)
     assert graph.stored_size(model.graph.nodes[0].inputs[1]) == 2**30
     with pytest.raises(Exception, match="does not fit into one protobuf message"):
         graph.to_proto(model)

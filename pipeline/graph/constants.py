@@ -137,7 +137,7 @@ class FileValues(KeyedValues):
 
 
 class EmbeddedValues(KeyedValues):
-    """Values that lie somewhere in the bytes of a model file that is in memory."""
+    """Values that lie somewhere in the bytes of a model file, which are in memory or mapped."""
 
     def __init__(self, tensor: TensorProto, data: memoryview) -> None:
         super().__init__(tensor)

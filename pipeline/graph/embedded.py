@@ -71,16 +71,16 @@ class Split:
         return found
 
 
-def split(data: bytes) -> Split:
+def split(data: bytes | memoryview) -> Split:
     """Take the large weights out of a model file; nothing is copied but what remains."""
     try:
         graphs = [entry for entry in _fields(data, 0, len(data)) if entry.number == _GRAPH]
         if len(data) < LARGE or len(graphs) != 1:
-            return Split(rest=data)
+            return Split(rest=bytes(data))
         graph = graphs[0]
         rest, weights = _without_weights(memoryview(data), graph)
     except _UnusualError:
-        return Split(rest=data)
+        return Split(rest=bytes(data))
     outside = (data[: graph.start], tag_and_length(_GRAPH, len(rest)), rest, data[graph.end :])
     return Split(rest=b"".join(outside), weights=weights)
 

@@ -19,6 +19,7 @@ from .model import Model
 from .protos import all_tensors, embed, header, location_of
 from .queries import all_graphs
 from .reading import load
+from .scratch import release
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +80,7 @@ def _digest(tensor: TensorProto, weights: dict[str, Values]) -> bytes:
         return digest.digest()
     for chunk in (weights.get(location_of(tensor)) or Values(tensor)).chunks():
         digest.update(chunk)
+    release()
     return digest.digest()
 
 

@@ -17,7 +17,12 @@ from .external import DataFolder
 from .importer import adopt
 from .model import Model
 from .protos import MAX_PROTO, byte_size, flaws, keyed_tensors, refer
+from .scratch import mapped
 
+_START = 2048
+"""Bytes that tell what a file is."""
+_MAPPED = 2**26
+"""Bytes from which a model file is mapped; smaller ones may be overwritten while they are in use."""
 _LFS = b"version https://git-lfs.github.com/spec/"
 _KINDS: tuple[tuple[bytes, str, str], ...] = (
     (_LFS, "a git-lfs pointer", "git lfs pull"),
@@ -46,7 +51,7 @@ def load(path: str | Path, *, allow_hardlinks: bool = False) -> Model:
     """
     model = Path(path)
     data = _read(model)
-    kind = _kind(data)
+    kind = _kind(bytes(data[:_START]), len(data))
     if kind is not None:
         raise ModelError(f"{model.name} is no ONNX model but {kind[0]}", where=str(model), do=kind[1])
     folder, parted = DataFolder(model, allow_hardlinks=allow_hardlinks), split(data)
@@ -61,10 +66,10 @@ def load(path: str | Path, *, allow_hardlinks: bool = False) -> Model:
     return adopt(proto, model.absolute(), weights)
 
 
-def _parse(data: bytes, path: Path) -> onnx.ModelProto:
+def _parse(data: bytes | memoryview, path: Path) -> onnx.ModelProto:
     proto = onnx.ModelProto()
     try:
-        proto.ParseFromString(data)
+        proto.ParseFromString(bytes(data))
     except DecodeError as error:
         raise ModelError(
             f"{path.name} is no ONNX model, or is cut off",
@@ -78,7 +83,8 @@ def _parse(data: bytes, path: Path) -> onnx.ModelProto:
     return proto
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path) -> bytes | memoryview:
+    """Return the content of a file; that of a large one is mapped, and only what is looked at is read."""
     try:
         status = path.stat()
         if stat.S_ISDIR(status.st_mode):
@@ -93,7 +99,10 @@ def _read(path: Path) -> bytes:
                 expected=f"at most {MAX_PROTO}",
                 do="export it again with its weights in an external data file",
             )
-        return path.read_bytes()
+        if status.st_size < _MAPPED:
+            return path.read_bytes()
+        with path.open("rb") as file:
+            return memoryview(mapped(file.fileno(), status.st_size))
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError("no such file", where=str(path), do=_nearby(path.parent, path.name)) from None
     except PermissionError:
@@ -112,19 +121,18 @@ def _nearby(folder: Path, name: str) -> str:
     return f"did you mean {best}?"
 
 
-def _kind(data: bytes) -> tuple[str, str] | None:
+def _kind(start: bytes, size: int) -> tuple[str, str] | None:
     """Recognise common files that are no model by their first bytes; return the kind and what to do."""
-    if not data:
+    if not size:
         return "an empty file (0 bytes)", "fetch or export the file again"
     for magic, kind, remedy in _KINDS:
-        if data.startswith(magic):
+        if start.startswith(magic):
             return kind, remedy
-    if data[8:9] == b"{" and int.from_bytes(data[:8], "little") < len(data):
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < size:
         return "a safetensors file", "give the .onnx file; qpipe export makes one from a model folder"
-    start = data[:2048].lstrip().lower()
-    if start.startswith((b"<!doctype html", b"<html", b"<?xml")):
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
         return "an HTML page", "download the file itself, not the page that shows it"
-    if all(byte >= 32 or byte in b"\t\n\r\f" for byte in data[:2048]) and _decodes(data[:2048]):
+    if all(byte >= 32 or byte in b"\t\n\r\f" for byte in start) and _decodes(start):
         return "a text file", "give the .onnx file"
     return None
 

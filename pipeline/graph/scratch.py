@@ -1,6 +1,7 @@
 """A place for large arrays that are needed later: a temporary file, so that the memory they take can be reclaimed.
 
 The file has no name, so that nothing is left of it whatever happens to the process; it lies where ``TMPDIR`` says.
+Mapped model files stand beside it: what is mapped can be let go and is read again when it is needed.
 """
 
 from __future__ import annotations
@@ -34,9 +35,8 @@ class _Segment:
     def __init__(self, size: int) -> None:
         self.file = tempfile.TemporaryFile(prefix="qpipe-", buffering=0)  # noqa: SIM115 - it lives as long as the segment
         self.file.truncate(size)
-        self.map = mmap.mmap(self.file.fileno(), size, access=mmap.ACCESS_READ)
+        self.map = mapped(self.file.fileno(), size)
         self.left = size
-        _maps.add(self.map)
 
     def put(self, array: Array) -> Array:
         start = len(self.map) - self.left
@@ -79,7 +79,14 @@ def keep(array: Array) -> Array:
         ) from error
 
 
+def mapped(descriptor: int, size: int) -> mmap.mmap:
+    """Map a file for reading; `release` lets go of what was read of it."""
+    found = mmap.mmap(descriptor, size, access=mmap.ACCESS_READ)
+    _maps.add(found)
+    return found
+
+
 def release() -> None:
-    """Let go of the memory that scratch arrays take at the moment; they are read again when they are needed."""
-    for mapped in list(_maps):
-        mapped.madvise(mmap.MADV_DONTNEED)
+    """Let go of the memory that mapped files take at the moment; they are read again when they are needed."""
+    for found in list(_maps):
+        found.madvise(mmap.MADV_DONTNEED)

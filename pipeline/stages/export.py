@@ -14,9 +14,10 @@ import numpy as np
 
 from ...calibrate.errors import EnvironmentError_, ModelError
 from ..exportable import Exportable
-from ..graph import load, save
+from ..graph import EXTERNAL_THRESHOLD, Model, load, save
+from ..inspect import file_bytes
 from ..naming import name_after_modules
-from ..session import make_session
+from ..session import SessionExtras, make_session
 
 DEFAULT_OPSET = 20
 """What torch's exporter writes without conversion, and every runtime of the last two years reads."""
@@ -61,8 +62,9 @@ def export(
     with tempfile.TemporaryDirectory(prefix="qpipe-export-") as folder:
         draft = Path(folder) / "model.onnx"
         program.save(str(draft), external_data=True)
-        _check_inference_mode(draft)
-        difference, relative, count = _compare(source, draft)
+        model = load(draft)
+        _check_inference_mode(model)
+        difference, relative, count = _compare(source, draft, mapped=file_bytes(model) > EXTERNAL_THRESHOLD)
         if not relative <= tolerance:
             raise ModelError(
                 "the exported model computes something else than the module",
@@ -71,7 +73,7 @@ def export(
                 expected=f"at most {tolerance:g} of it",
                 do="export at another --opset, or allow more with --tolerance",
             )
-        save(load(draft), path, force=force)
+        save(model, path, force=force)
     return ExportResult(path=path, opset=opset, max_difference=difference, relative=relative, outputs=count)
 
 
@@ -117,9 +119,9 @@ def _run_exporter(source: Exportable, opset: int) -> Any:
     return program
 
 
-def _check_inference_mode(path: Path) -> None:
+def _check_inference_mode(model: Model) -> None:
     """Refuse a graph that still trains: a Dropout with training_mode, a BatchNormalization that updates."""
-    for node in load(path).graph.nodes:
+    for node in model.graph.nodes:
         training = node.op == "BatchNormalization" and node.attrs.get("training_mode", 0)
         if training or (node.op == "Dropout" and len(node.inputs) > 2 and not node.inputs[2].is_empty()):
             raise ModelError(
@@ -131,15 +133,18 @@ def _check_inference_mode(path: Path) -> None:
             )
 
 
-def _compare(source: Exportable, path: Path) -> tuple[float, float, int]:
-    """Run the module and the file on the example; return largest absolute and relative difference and the count."""
+def _compare(source: Exportable, path: Path, *, mapped: bool) -> tuple[float, float, int]:
+    """Run the module and the file on the example; return largest absolute and relative difference and the count.
+
+    The module holds all weights already: where they are large, the runtime reads its own from the file (``mapped``).
+    """
     import torch
 
     module = source.module.module() if isinstance(source.module, torch.export.ExportedProgram) else source.module
     with torch.no_grad():
         result = module(*source.example.values())
     expected = [t.detach().cpu().numpy() for t in _flatten(result)]
-    session = make_session(path)
+    session = make_session(path, exact=mapped, extras=SessionExtras(mapped=mapped))
     feed = {name: tensor.detach().cpu().numpy() for name, tensor in source.example.items()}
     names = {entry.name for entry in session.get_inputs()}
     actual = session.run(None, {name: array for name, array in feed.items() if name in names})

@@ -34,7 +34,7 @@ from ..graph.constants import Values
 from ..graph.halves import widened
 from ..graph.lazy import Region, regions
 from ..graph.parallel import in_order
-from ..graph.scratch import keep
+from ..graph.scratch import keep, release
 from ..layouts import Layout, layout_of
 from ..plan import Decision, Plan, Site
 from ..streaming import ROUNDING, STRIPS, in_strips, kept, lazy_codes
@@ -83,6 +83,7 @@ def survey_weights(graph: gs.Graph, plan: Plan) -> dict[Key, Surveyed]:
     def finish(key: Key) -> None:
         decision, weight = weights[key]
         found[key] = _known(weight)[key] = _surveyed(decision, extents.pop(key))
+        release()
 
     with contextlib.closing(in_order(jobs())) as done:
         for key, parts in itertools.groupby(done, key=lambda part: part[0]):

@@ -72,10 +72,12 @@ def in_cache(folder: Path, model: Path) -> Path:
 
 
 def laid_out(folder: Path, shapes: list[tuple[int, int]], layout: str) -> Path:
-    """Write a model with ``one`` data file, with three ``shards``, or with three in the ``cache`` of Hugging Face."""
+    """Write a model with ``one`` data file, three ``shards``, three in Hugging Face's ``cache``, or all ``inside``."""
     home = folder / "home"
     home.mkdir()
     model = write_model(home / "m.onnx", shapes, shards=1 if layout == "one" else 3)
+    if layout == "inside":
+        return graph.save(graph.load(model), folder / "inside.onnx", external_threshold=2**40)[-1]
     return in_cache(folder, model) if layout == "cache" else model
 
 
@@ -103,7 +105,7 @@ def growth(small: Path, large: Path, threshold: int, *arguments: str) -> int:
 
 
 @pytest.mark.parametrize("threshold", [0, 2**40], ids=["external", "embedded"])
-@pytest.mark.parametrize("layout", ["one", "shards", "cache"])
+@pytest.mark.parametrize("layout", ["one", "shards", "cache", "inside"])
 @pytest.mark.parametrize("scheme", [("--scheme", "w8"), W4], ids=["w8", "w4"])
 def test_memory_does_not_grow_with_the_model(
     tmp_path: Path, scheme: tuple[str, ...], layout: str, threshold: int
@@ -112,6 +114,29 @@ def test_memory_does_not_grow_with_the_model(
     small = write_model(tmp_path / "small.onnx", [(512, 512)])
     large = laid_out(tmp_path, [(1024, 1024)] * 50, layout)
     assert growth(small, large, threshold, *scheme) < 64 * 2**20
+
+
+_LOOK = """
+import sys
+from qpipe.pipeline.cli import main
+from qpipe.pipeline.memory import peak_memory
+command, small, large = sys.argv[1:]
+codes = [main([command, small])]
+before = peak_memory()
+codes.append(main([command, large]))
+print(*codes, peak_memory() - before)
+"""
+
+
+@pytest.mark.parametrize("command", ["check", "inspect"])
+def test_weights_inside_a_model_file_are_not_read_where_they_are_not_needed(tmp_path: Path, command: str) -> None:
+    small = write_model(tmp_path / "small.onnx", [(512, 512)])
+    large = laid_out(tmp_path, [(1024, 1024)] * 30, "inside")
+    assert large.stat().st_size > 110 * 2**20
+    done = subprocess.run([sys.executable, "-c", _LOOK, command, small, large], capture_output=True, text=True)
+    *codes, grown = map(int, done.stdout.splitlines()[-1].split())
+    assert codes == [0, 0], done.stderr
+    assert grown < 32 * 2**20
 
 
 def in_child(action: Callable[[], int], kill_after: float | None = None) -> int:

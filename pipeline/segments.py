@@ -55,7 +55,7 @@ class Cuts:
 
     @classmethod
     def of(cls, model: Model, tensors: Iterable[str]) -> Cuts:
-        """Return the cuts in front of the readers of ``tensors``, which nodes of the main graph read."""
+        """Return the cuts in front of the readers of ``tensors``; behind all nodes for those that no node reads."""
         built = skeleton(model)
         graph, first, last = built.proto.graph, dict[str, int](), dict[str, int]()
         nodes, constants = list(graph.node), {tensor.name for tensor in graph.initializer}
@@ -67,7 +67,8 @@ class Cuts:
                 first.setdefault(name, index)
             if not names.isdisjoint(made):
                 made.update(dict.fromkeys(filter(None, node.output), index))
-        places = {name: first[name] for name in sorted(tensors, key=first.__getitem__)}
+        at = {name: first.get(name, len(nodes)) for name in tensors}
+        places = dict(sorted(at.items(), key=lambda item: item[1]))
         for index in leading_to(places, nodes):
             last.update(dict.fromkeys(reads(nodes[index]), index))
         for name, place in places.items():
@@ -75,9 +76,9 @@ class Cuts:
         return cls(built=built, nodes=nodes, places=places, made=made, last=last, inputs=inputs)
 
     def alive(self, tensor: str) -> frozenset[str]:
-        """Return the tensors that live at the cut of ``tensor``: made before it, and needed there or later."""
+        """Return the tensors that live at the cut of ``tensor``: itself, and what is made before and needed later."""
         place = self.places[tensor]
-        return frozenset(name for name, made in self.made.items() if made < place <= self.last.get(name, -1))
+        return frozenset({tensor, *(n for n, made in self.made.items() if made < place <= self.last.get(n, -1))})
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,6 +91,7 @@ class Stream:
         replaced: Constants in place of inputs of nodes; asked once per node, when its segment runs.
         device: Where it runs.
         op_libraries: Libraries of custom operators that it needs.
+        exact: Run every operator as ONNX defines it; what is large runs so in any case.
     """
 
     cuts: Cuts
@@ -97,6 +99,7 @@ class Stream:
     replaced: Replacements = field(default=lambda node: {})  # noqa: ARG005
     device: str = "cpu"
     op_libraries: tuple[Path, ...] = ()
+    exact: bool = False
 
     @classmethod
     def of(cls, cuts: Cuts, batches: Iterable[Batch], **options: Any) -> Stream:
@@ -140,14 +143,14 @@ class Stream:
         if folder is not None:
             config["session.model_external_initializers_file_folder_path"] = str(folder)
         extras = SessionExtras(config=config, op_libraries=self.op_libraries, mapped=mapped, plugin=False)
-        session = make_session(part.proto, exact=mapped, device=self.device, extras=extras)
+        session = make_session(part.proto, exact=mapped or self.exact, device=self.device, extras=extras)
         inputs = [entry.name for entry in session.get_inputs()]
 
         def run(batch: Batch) -> Batch:
             try:
                 arrays = session.run(missing, {name: batch[name] for name in inputs})
             except ort_errors() as error:
-                raise translate(error, where="quantizing layer by layer") from error
+                raise translate(error, where="running layer by layer") from error
             return {name: _kept(name, array) for name, array in zip(missing, arrays, strict=True)}
 
         return run
@@ -222,11 +225,11 @@ def _info(name: str, array: Array) -> onnx.ValueInfoProto:
 def _kept(name: str, array: Any) -> Array:
     if not isinstance(array, np.ndarray):
         raise UnsupportedError(
-            "the model cannot be quantized layer by layer",
+            "the model cannot be run layer by layer",
             where=f"tensor {name!r}",
             found=f"a {type(array).__name__}",
             expected="tensors between its layers",
-            do="qpipe quantize with --set weights.sequential=false",
+            do="qpipe quantize with --set weights.sequential=false, or qpipe validate without --layer-by-layer",
         )
     return keep(array) if array.dtype.hasobject is False else array
 

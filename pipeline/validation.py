@@ -1,11 +1,12 @@
-"""The tables of a validation: outputs, latency, layers, thresholds."""
+"""What a validation is asked for, and its tables: outputs, latency, layers, thresholds."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..calibrate.errors import RecipeError
@@ -41,6 +42,47 @@ class Thresholds:
     max_abs: float | None = None
     min_top1: float | None = None
     max_kld: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValidateOptions:
+    """How to validate.
+
+    Attributes:
+        thresholds: What has to be kept.
+        judge: Semantics that the thresholds apply to: any of `SEMANTICS`.
+        per_layer: Compare inner activations too.
+        layer_by_layer: The same with one layer of each model in memory at a time, and what passes between them in the
+            scratch file: in exact semantics, not timed, and nothing is recorded.
+        logits: Names of outputs that hold scores, beside those that are recognised.
+        device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
+        threads: Threads inside an operator, None for ONNX Runtime's choice.
+        op_libraries: Further custom-op libraries.
+        allow_hardlinks: As for `graph.load`.
+        save_inputs: Where inputs are written in polygraphy's format.
+        save_outputs: Where outputs of ``saved_run`` are written in polygraphy's format.
+        saved_run: ``"deployed"``, ``"exact"`` or ``"float"``.
+        force: Replace existing files.
+        rounds: How often the models are timed, 0 for not at all. Models that are large enough to have their weights in
+            data files are not timed: a runtime would hold them in memory.
+        progress: Called with the number of samples done.
+    """
+
+    thresholds: Thresholds = field(default_factory=Thresholds)
+    judge: tuple[str, ...] = (EXACT,)
+    per_layer: bool = False
+    layer_by_layer: bool = False
+    logits: tuple[str, ...] = ()
+    device: str = "cpu"
+    threads: int | None = None
+    op_libraries: tuple[Path, ...] = ()
+    allow_hardlinks: bool = False
+    save_inputs: Path | None = None
+    save_outputs: Path | None = None
+    saved_run: str = DEPLOYED
+    force: bool = False
+    rounds: int = 5
+    progress: Callable[[int], None] | None = None
 
 
 _MEASURED = {

@@ -11,7 +11,7 @@ from . import output
 from .options import CUSTOM_OPS, DEVICE, FORCE, HARDLINKS, JSON, QUIET, data_options, feed_from
 
 if TYPE_CHECKING:
-    from ..stages.validate import ValidateOptions
+    from ..validation import ValidateOptions
 
 THRESHOLDS = ("min_cosine", "min_sample_cosine", "min_sqnr_db", "max_abs", "min_top1", "max_kld")
 _TEXT = {
@@ -37,6 +37,9 @@ def _threshold_options(function: Any) -> Any:
 @_threshold_options
 @click.option("--judge", multiple=True, type=click.Choice(["exact", "deployed"]), help="What thresholds apply to.")
 @click.option("--per-layer", is_flag=True, help="Compare inner activations too, the worst layer first.")
+@click.option(
+    "--layer-by-layer", is_flag=True, help="The same with one layer of each model in memory at a time; exact only."
+)
 @click.option("--logits", multiple=True, metavar="OUTPUT", help="This output holds scores.")
 @click.option("--report", type=click.Path(path_type=Path), help="Write a report: .html, .json or .txt.")
 @click.option("--save-inputs", type=click.Path(path_type=Path), help="Write the inputs in polygraphy's format.")
@@ -80,13 +83,13 @@ def command(float_model: Path, quantized_model: Path, **given: Any) -> None:
 
 
 def _options(given: dict[str, Any], progress: Any) -> ValidateOptions:
-    from ..stages.validate import ValidateOptions
-    from ..validation import Thresholds
+    from ..validation import Thresholds, ValidateOptions
 
     return ValidateOptions(
         thresholds=Thresholds(**{name: given[name] for name in THRESHOLDS if given[name] is not None}),
         judge=given["judge"] or ("exact",),
         per_layer=given["per_layer"],
+        layer_by_layer=given["layer_by_layer"],
         logits=given["logits"],
         device=given["device"],
         op_libraries=given["custom_op_library"],

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy.typing as npt
 
@@ -22,6 +22,7 @@ from .. import environment
 from ..accuracy import Comparison
 from ..data import InputInfo, conform, inputs_of, samples_in
 from ..graph import EXTERNAL_THRESHOLD, Model, load, to_proto
+from ..graph.scratch import keep
 from ..inspect import file_bytes
 from ..layers import Layer, common_layers, score_outputs, with_outputs
 from ..operator_check import OperatorRow, compare_operators, operator_notes, operators_table
@@ -30,13 +31,14 @@ from ..recorder import Recorder
 from ..report import Report
 from ..rescaling import Rescaling
 from ..session import SessionExtras, int8_saturates, make_session, ort_errors, session_facts
+from ..side_by_side import side_by_side
 from ..validation import (
     DEPLOYED,
     EXACT,
     FLOAT,
     SEMANTICS,
     Accuracies,
-    Thresholds,
+    ValidateOptions,
     findings_table,
     latency_table,
     layer_charts,
@@ -61,49 +63,11 @@ KEPT_BATCHES = 2
 """Batches that are kept for timing, and for comparing qpipe's operators with their numpy reference."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ValidateOptions:
-    """How to validate.
-
-    Attributes:
-        thresholds: What has to be kept.
-        judge: Semantics that the thresholds apply to: any of `SEMANTICS`.
-        per_layer: Compare inner activations too.
-        logits: Names of outputs that hold scores, beside those that are recognised.
-        device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
-        threads: Threads inside an operator, None for ONNX Runtime's choice.
-        op_libraries: Further custom-op libraries.
-        allow_hardlinks: As for `graph.load`.
-        save_inputs: Where inputs are written in polygraphy's format.
-        save_outputs: Where outputs of ``saved_run`` are written in polygraphy's format.
-        saved_run: ``"deployed"``, ``"exact"`` or ``"float"``.
-        force: Replace existing files.
-        rounds: How often the models are timed, 0 for not at all. Models that are large enough to have their weights in
-            data files are not timed: a runtime would hold them in memory.
-        progress: Called with the number of samples done.
-    """
-
-    thresholds: Thresholds = field(default_factory=Thresholds)
-    judge: tuple[str, ...] = (EXACT,)
-    per_layer: bool = False
-    logits: tuple[str, ...] = ()
-    device: str = "cpu"
-    threads: int | None = None
-    op_libraries: tuple[Path, ...] = ()
-    allow_hardlinks: bool = False
-    save_inputs: Path | None = None
-    save_outputs: Path | None = None
-    saved_run: str = DEPLOYED
-    force: bool = False
-    rounds: int = 5
-    progress: Callable[[int], None] | None = None
-
-
-DEFAULTS = ValidateOptions()
+_DEFAULTS = ValidateOptions()
 
 
 def validate(
-    float_path: Path, quantized_path: Path, batches: Iterable[Batch], options: ValidateOptions = DEFAULTS
+    float_path: Path, quantized_path: Path, batches: Iterable[Batch], options: ValidateOptions = _DEFAULTS
 ) -> Report:
     """Compare a quantized model with its float model.
 
@@ -125,11 +89,11 @@ def validate(
         WriteError: Inputs or outputs cannot be saved.
     """
     pair = _Pair.load(Path(float_path), Path(quantized_path), options)
-    run = _Run(pair, options)
+    run = (_LayerByLayer if options.layer_by_layer else _Run)(pair, options)
     with contextlib.ExitStack() as files:
         run.record(files)
         run.over(batches)
-    if options.rounds and not run.is_large:
+    if options.rounds and run.sessions and not run.is_large:
         run.time()
     return _report(pair, run, options)
 
@@ -166,19 +130,23 @@ class _Pair:
             inputs=inputs_of(first.graph),
             outputs=outputs,
             scores=score_outputs(first, options.logits),
-            layers=common_layers(first, second) if options.per_layer else [],
+            layers=common_layers(first, second) if options.per_layer or options.layer_by_layer else [],
         )
 
 
 class _Run:
     """The sessions, and what was gathered from them."""
 
+    semantics: ClassVar[tuple[str, ...]] = SEMANTICS
+
     def __init__(self, pair: _Pair, options: ValidateOptions) -> None:
         self._pair, self._options = pair, options
         self.is_large = max(file_bytes(model) for model in pair.models.values()) > EXTERNAL_THRESHOLD
         self.sessions = {name: self._session(name) for name in self._names()}
         self.outputs = {
-            (name, semantics): Comparison(pair.scores.get(name)) for name in pair.outputs for semantics in SEMANTICS
+            (name, semantics): Comparison(pair.scores.get(name))
+            for name in pair.outputs
+            for semantics in self.semantics
         }
         self.layers = {layer: (Comparison(), Rescaling()) for layer in pair.layers}
         self.milliseconds: dict[str, list[float]] = {}
@@ -211,11 +179,6 @@ class _Run:
                     self._gather({name: results[0] for name, results in step.items()})
             except (*ort_errors(), PolygraphyException) as error:
                 raise _run_error(error) from error
-        if not self.samples:
-            raise DataError(
-                "the data gave no samples",
-                do="a generator that was iterated before is empty the second time: give a fresh one",
-            )
         options = self._options
         self.operators = compare_operators(
             self._pair.models[EXACT], self._kept, device=options.device, threads=options.threads
@@ -270,9 +233,14 @@ class _Run:
             self.samples += samples_in(batch)
             if self._options.progress is not None:
                 self._options.progress(self.samples)
+        if not self.samples:
+            raise DataError(
+                "the data gave no samples",
+                do="a generator that was iterated before is empty the second time: give a fresh one",
+            )
 
     def _check_inputs(self, batch: Batch) -> None:
-        for entry in self.sessions[EXACT].get_inputs():
+        for entry in inputs_of(self._pair.models[EXACT].graph):
             if entry.name not in batch:
                 raise ModelError(
                     f"the quantized model has an input {entry.name!r} that the float model has not",
@@ -291,6 +259,43 @@ class _Run:
             self._results.append({name: saved[name] for name in self._pair.outputs})
 
 
+class _LayerByLayer(_Run):
+    """The same without sessions of whole models."""
+
+    semantics = (EXACT,)
+
+    def record(self, files: contextlib.ExitStack) -> None:  # noqa: ARG002 - nothing is opened
+        """Refuse what needs whole models.
+
+        Raises:
+            RecipeError: Inputs or outputs are to be saved, or the run as deployed is to be judged.
+        """
+        options = self._options
+        asked = {"--save-inputs": options.save_inputs, "--save-outputs": options.save_outputs}
+        asked["--judge deployed"] = DEPLOYED if DEPLOYED in options.judge else None
+        for flag, value in asked.items():
+            if value is not None:
+                raise RecipeError(f"{flag} needs the whole models", do="leave it out, or --layer-by-layer")
+
+    def over(self, batches: Iterable[Batch]) -> None:
+        """Run all batches through one layer after the other of both models."""
+        pair, options = self._pair, self._options
+        fed = [{name: keep(array) for name, array in batch.items()} for batch in self._fitting(batches)]
+        gatherers: dict[tuple[str, str], list[Comparison | Rescaling]] = {}
+        for layer, found in self.layers.items():
+            gatherers.setdefault((layer.tensor, layer.quantized), []).extend(found)
+        for (name, _), comparison in self.outputs.items():
+            gatherers.setdefault((name, name), []).append(comparison)
+        models = (runnable(pair.models[FLOAT]), runnable(pair.models[EXACT]))
+        where = {"device": options.device, "op_libraries": options.op_libraries}
+        for tensors, was, now in side_by_side(models, list(gatherers), fed, **where):
+            for gatherer in gatherers[tensors]:
+                gatherer.update(was, now)
+
+    def _names(self) -> tuple[str, ...]:
+        return ()
+
+
 def _run_error(error: Exception) -> DataError:
     return DataError("a model cannot run this data", found=str(error), do="look at both models with qpipe inspect")
 
@@ -304,7 +309,7 @@ def _report(pair: _Pair, run: _Run, options: ValidateOptions) -> Report:
     tables = [outputs_table(accuracies)]
     if run.milliseconds:
         tables.append(latency_table(run.milliseconds))
-    if options.per_layer:
+    if options.per_layer or options.layer_by_layer:
         tables.append(layers_table(layers))
     if run.operators:
         tables.append(operators_table(run.operators))
@@ -317,7 +322,7 @@ def _report(pair: _Pair, run: _Run, options: ValidateOptions) -> Report:
         tables=tuple(tables),
         charts=layer_charts(layers),
         verdicts=tuple(verdicts(accuracies, options.thresholds, options.judge)),
-        notes=(*_notes(pair, run, accuracies), *operator_notes(run.operators)),
+        notes=(*_notes(pair, run, accuracies, options), *operator_notes(run.operators)),
         environment={
             **environment.brief(),
             "sessions": {name: session_facts(session) for name, session in run.sessions.items()},
@@ -341,9 +346,11 @@ def _totals(pair: _Pair, run: _Run, accuracies: Accuracies) -> dict[str, Any]:
     }
 
 
-def _notes(pair: _Pair, run: _Run, accuracies: Accuracies) -> Iterator[str]:
+def _notes(pair: _Pair, run: _Run, accuracies: Accuracies, options: ValidateOptions) -> Iterator[str]:
     quantized = pair.models[EXACT]
-    if run.is_large:
+    if options.layer_by_layer:
+        yield "one layer of each model was in memory at a time: in exact semantics, and latency was not measured"
+    elif run.is_large:
         yield "weights stayed in their files, to save memory, and latency was not measured: qpipe bench does that"
     if int8_saturates() and any(node.op == "QuantizeLinear" for node in quantized.graph.nodes):
         yield "this CPU has no VNNI: fused int8 kernels clip sums, so the deployed figures hold for such CPUs only"

@@ -41,6 +41,7 @@ ROWS = {
     "check result": ("check", "{static}"),
     "validate": ("validate", "{model}", "{static}", "--data", "{data}", "--rounds", "1"),
     "validate layers": ("validate", "{model}", "{static}", "--data", "{data}", "--rounds", "0", "--per-layer"),
+    "layer by layer": ("validate", "{model}", "{static}", "--data", "{data}", "--layer-by-layer"),
 }
 
 

@@ -87,7 +87,7 @@ class CpuKernel : public Kernel {
         for (const int32_t index : weights.outlier_index) {
             if (index < 0 || index >= extents.inputs) return fail("OutlierMatMul: outlier_index holds %d", index);
         }
-        std::vector<float> padded_bias;
+        Lines<float> padded_bias;
         const float* bias = weights.no_bias.data();
         if (in[kBias].data != nullptr) {
             padded_bias.assign(static_cast<size_t>(weights.columns), 0.0f);

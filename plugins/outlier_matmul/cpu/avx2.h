@@ -28,55 +28,49 @@ namespace {
     for (int64_t i = 0; i < count; ++i) out[i] = bfloat_to_float(words[i]);
 }
 
-// Positions of the set bits of a byte, in order.
+// Positions of the set bits of a byte, in order; then -1.
 struct SetBits {
-    uint8_t position[256][8] = {};
+    int8_t position[256][8] = {};
 
     constexpr SetBits() {
         for (int byte = 0; byte < 256; ++byte) {
-            for (int bit = 0, next = 0; bit < 8; ++bit) {
-                if (byte >> bit & 1) position[byte][next++] = static_cast<uint8_t>(bit);
+            int next = 0;
+            for (int bit = 0; bit < 8; ++bit) {
+                if (byte >> bit & 1) position[byte][next++] = static_cast<int8_t>(bit);
             }
+            while (next < 8) position[byte][next++] = -1;
         }
     }
 };
 constexpr SetBits kSetBits;
 
-[[maybe_unused]] int64_t gather(const float* x, const uint8_t* keep, int64_t count, float* out) {
-    int64_t kept = 0, i = 0;
+[[maybe_unused]] Gathered gather(const float* x, const uint8_t* keep, int64_t count, float* out) {
+    const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
+    __m256i largest = _mm256_setzero_si256();
+    Gathered found{0, 0};
+    int64_t i = 0;
     for (; i + 8 <= count; i += 8) {
         const uint8_t bits = keep[i / 8];
-        const __m128i positions = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSetBits.position[bits]));
+        const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSetBits.position[bits]));
+        const __m256i positions = _mm256_cvtepi8_epi32(bytes);
+        const __m256 kept = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + i), positions);
         // A whole vector: what it writes too many lies before x[i + 8], and so has been read.
-        _mm256_storeu_ps(out + kept, _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + i), _mm256_cvtepu8_epi32(positions)));
-        kept += __builtin_popcount(bits);
-    }
-    for (; i < count; ++i) {
-        if (keep[i / 8] >> i % 8 & 1) out[kept++] = x[i];
-    }
-    return kept;
-}
-
-[[maybe_unused]] uint32_t amax_bits(const float* x, int64_t count) {
-    const __m256i mask = _mm256_set1_epi32(0x7fffffff);
-    __m256i largest[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
-    int64_t i = 0;
-    for (; i + 16 <= count; i += 16) {
-        for (int part = 0; part < 2; ++part) {
-            const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i + 8 * part));
-            // Magnitudes are non-negative as signed integers, and order as the floats do.
-            largest[part] = _mm256_max_epi32(largest[part], _mm256_and_si256(bits, mask));
-        }
+        _mm256_storeu_ps(out + found.count, kept);
+        // Magnitudes are non-negative as signed integers, and order as the floats do; the rest is negative.
+        const __m256i sizes = _mm256_and_si256(_mm256_castps_si256(kept), magnitude);
+        largest = _mm256_max_epi32(largest, _mm256_or_si256(sizes, _mm256_srai_epi32(positions, 31)));
+        found.count += __builtin_popcount(bits);
     }
     alignas(32) uint32_t lanes[8];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), _mm256_max_epi32(largest[0], largest[1]));
-    uint32_t result = 0;
-    for (uint32_t lane : lanes) result = lane > result ? lane : result;
+    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), largest);
+    for (uint32_t lane : lanes) found.amax_bits = lane > found.amax_bits ? lane : found.amax_bits;
     for (; i < count; ++i) {
-        const uint32_t magnitude = as_bits(x[i]) & 0x7fffffffu;
-        result = magnitude > result ? magnitude : result;
+        if (!(keep[i / 8] >> i % 8 & 1)) continue;
+        const uint32_t size = as_bits(x[i]) & 0x7fffffffu;
+        found.amax_bits = size > found.amax_bits ? size : found.amax_bits;
+        out[found.count++] = x[i];
     }
-    return result;
+    return found;
 }
 
 [[maybe_unused]] void encode(const float* x, int64_t count, float inverse, uint8_t* q) {

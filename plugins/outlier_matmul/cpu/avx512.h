@@ -11,16 +11,21 @@
 namespace qpipe::outlier_matmul {
 namespace {
 
-int64_t gather_wide(const float* x, const uint8_t* keep, int64_t count, float* out) {
-    int64_t kept = 0, i = 0;
-    for (; i + 16 <= count; i += 16) {
+Gathered gather_wide(const float* x, const uint8_t* keep, int64_t count, float* out) {
+    const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+    __m512i largest = _mm512_setzero_si512();
+    int64_t total = 0;
+    for (int64_t i = 0; i < count; i += 16) {
         uint16_t bits;
         std::memcpy(&bits, keep + i / 8, sizeof bits);
-        // A whole vector: what it writes too many lies before x[i + 16], and so has been read.
-        _mm512_storeu_ps(out + kept, _mm512_maskz_compress_ps(bits, _mm512_loadu_ps(x + i)));
-        kept += __builtin_popcount(bits);
+        if (count - i < 16) bits &= static_cast<uint16_t>((1u << (count - i)) - 1);
+        const __m512 kept = _mm512_maskz_compress_ps(bits, _mm512_maskz_loadu_ps(bits, x + i));
+        const int number = __builtin_popcount(bits);
+        _mm512_mask_storeu_ps(out + total, static_cast<__mmask16>((1u << number) - 1), kept);
+        largest = _mm512_max_epi32(largest, _mm512_and_si512(_mm512_castps_si512(kept), magnitude));
+        total += number;
     }
-    return kept + gather(x + i, keep + i / 8, count - i, out + kept);
+    return {total, static_cast<uint32_t>(_mm512_reduce_max_epi32(largest))};
 }
 
 struct Zmm {

@@ -100,7 +100,6 @@ constexpr Lane kLane{"amx",
                      kTileDepth,
                      {widen_float, widen_half, widen_bfloat},
                      gather_wide,
-                     amax_bits,
                      encode,
                      dot,
                      {epilogue<Zmm, float>, epilogue<Zmm, Half>, epilogue<Zmm, BFloat>}};

@@ -82,7 +82,6 @@ constexpr Lane kLane{"avx2",
                      /*depth=*/16,
                      {widen_float, widen_half, widen_bfloat},
                      gather,
-                     amax_bits,
                      encode,
                      each_strip<dot>,
                      {epilogue<Ymm, float>, epilogue<Ymm, Half>, epilogue<Ymm, BFloat>}};

@@ -15,21 +15,15 @@ void widen_words(const void* x, int64_t count, float* out) {
     for (int64_t i = 0; i < count; ++i) out[i] = Convert(words[i]);
 }
 
-int64_t gather(const float* x, const uint8_t* keep, int64_t count, float* out) {
-    int64_t kept = 0;
+Gathered gather(const float* x, const uint8_t* keep, int64_t count, float* out) {
+    Gathered found{0, 0};
     for (int64_t i = 0; i < count; ++i) {
-        if (keep[i / 8] >> i % 8 & 1) out[kept++] = x[i];
-    }
-    return kept;
-}
-
-uint32_t amax_bits(const float* x, int64_t count) {
-    uint32_t largest = 0;
-    for (int64_t i = 0; i < count; ++i) {
+        if (!(keep[i / 8] >> i % 8 & 1)) continue;
         const uint32_t magnitude = as_bits(x[i]) & 0x7fffffffu;
-        largest = magnitude > largest ? magnitude : largest;
+        found.amax_bits = magnitude > found.amax_bits ? magnitude : found.amax_bits;
+        out[found.count++] = x[i];
     }
-    return largest;
+    return found;
 }
 
 void encode(const float* x, int64_t count, float inverse, uint8_t* q) {
@@ -86,7 +80,6 @@ constexpr Lane kLane{"scalar",
                      /*depth=*/16,
                      {widen_float, widen_words<half_to_float>, widen_words<bfloat_to_float>},
                      gather,
-                     amax_bits,
                      encode,
                      each_strip<dot>,
                      {epilogue<float>, epilogue<Word<float_to_half>>, epilogue<Word<float_to_bfloat>>}};

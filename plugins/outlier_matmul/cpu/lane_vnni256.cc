@@ -48,7 +48,6 @@ constexpr Lane kLane{kName,
                      /*depth=*/16,
                      {widen_float, widen_half, widen_bfloat},
                      gather,
-                     amax_bits,
                      encode,
                      each_strip<vnni_dot<Vector>>,
                      {epilogue<Ymm, float>, epilogue<Ymm, Half>, epilogue<Ymm, BFloat>}};

@@ -15,7 +15,6 @@ constexpr Lane kLane{"avx512vnni",
                      /*depth=*/16,
                      {widen_float, widen_half, widen_bfloat},
                      gather_wide,
-                     amax_bits,
                      encode,
                      each_strip<vnni_dot<ZmmSums>>,
                      {epilogue<Zmm, float>, epilogue<Zmm, Half>, epilogue<Zmm, BFloat>}};

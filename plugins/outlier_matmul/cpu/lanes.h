@@ -80,16 +80,19 @@ struct EpilogueTask {
     int64_t y_stride;
 };
 
+struct Gathered {
+    int64_t count;
+    uint32_t amax_bits;  // largest magnitude as float bits; infinities and NaN are 0x7f800000 and more
+};
+
 struct Lane {
     const char* name;
     bool saturates;  // only safe quads may be multiplied the short way
     int64_t depth;   // a strip's inputs are padded to a multiple of it
     // Elements to float32, without loss.
     void (*widen[kElementTypes])(const void* x, int64_t count, float* out);
-    // Elements whose bit in `keep` is set, in order; returns how many. `out` may be `x`; keep is padded to 64 bits.
-    int64_t (*gather)(const float* x, const uint8_t* keep, int64_t count, float* out);
-    // Largest magnitude as float bits; infinities and NaN are 0x7f800000 and more.
-    uint32_t (*amax_bits)(const float* x, int64_t count);
+    // Moves the elements whose bit in `keep` is set together. `out` may be `x`; keep is padded to 64 bits.
+    Gathered (*gather)(const float* x, const uint8_t* keep, int64_t count, float* out);
     // clip(rint(x * inverse), -127, 127) + 128; rint rounds half to even. Writes whole vectors: q is padded to 64.
     void (*encode)(const float* x, int64_t count, float inverse, uint8_t* q);
     void (*dot)(const TileTask& task);

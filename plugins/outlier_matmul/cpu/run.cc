@@ -193,8 +193,7 @@ void Run::quantize_row(int64_t m, float* row) {
     for (int64_t o = 0; o < extents.outliers; ++o) {
         x_outlier[m * extents.outliers + o] = values[weights.outlier_index[static_cast<size_t>(o)]];
     }
-    const int64_t regular = lane.gather(values, weights.keep.data(), extents.inputs, row);
-    const uint32_t bits = lane.amax_bits(row, regular);
+    const auto [regular, bits] = lane.gather(values, weights.keep.data(), extents.inputs, row);
     uint8_t* codes = q + m * q_stride();
     std::memset(codes + regular, 0, static_cast<size_t>(weights.depth - regular));
     if (limit > 0 && from_bits(bits) > limit) {

@@ -4,12 +4,32 @@
 #include <atomic>
 #include <cstddef>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "../contract.h"
 #include "lanes.h"
 
 namespace qpipe::outlier_matmul {
+
+// Memory that begins with a cache line: a vector of 64 bytes, or a row of a tile, then never lies in two.
+template <class T>
+struct CacheLines {
+    using value_type = T;
+    static constexpr std::align_val_t kLine{64};
+
+    CacheLines() = default;
+    template <class U>
+    CacheLines(const CacheLines<U>&) {}
+    T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kLine)); }
+    void deallocate(T* data, size_t) { ::operator delete(data, kLine); }
+    template <class U>
+    bool operator==(const CacheLines<U>&) const { return true; }
+    template <class U>
+    bool operator!=(const CacheLines<U>&) const { return false; }
+};
+template <class T>
+using Lines = std::vector<T, CacheLines<T>>;
 
 // Constant inputs in the form that the lane reads. Arrays over columns are padded to a multiple of 16.
 //
@@ -19,13 +39,13 @@ struct Weights {
     std::vector<int32_t> outlier_index;  // [O]
     std::vector<int32_t> regular;        // [R] the other inputs, ascending; those of w_q's padding are among them
     std::vector<uint8_t> keep;           // a bit per input, set for the regular ones
-    std::vector<float> w_scale;          // [N]
-    std::vector<float> w_outlier;        // [N / 16][O][16], float32
-    std::vector<float> no_bias;          // [N] zeros
-    std::vector<int8_t> strips;          // [N / 16][quads][16][4]; see lanes.h
-    std::vector<int32_t> order;          // [N / 16][quads]
-    std::vector<int32_t> safe;           // [N / 16]
-    std::vector<int32_t> correction;     // [N]
+    Lines<float> w_scale;                // [N]
+    Lines<float> w_outlier;              // [N / 16][O][16], float32
+    Lines<float> no_bias;                // [N] zeros
+    Lines<int8_t> strips;                // [N / 16][quads][16][4]; see lanes.h
+    Lines<int32_t> order;                // [N / 16][quads]
+    Lines<int32_t> safe;                 // [N / 16]
+    Lines<int32_t> correction;           // [N]
     int64_t columns = 0;                 // N padded
     int64_t depth = 0;                   // R padded as the lane wants it
 };

@@ -8,7 +8,7 @@
 
 // One version of a loop per instruction set, chosen when the library is loaded.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
-#define QPIPE_CLONES __attribute__((target_clones("avx2", "default")))
+#define QPIPE_CLONES __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
 #else
 #define QPIPE_CLONES
 #endif
@@ -58,25 +58,43 @@ QPIPE_CLONES Survey survey(const uint32_t* bits, int64_t size) {
     return {any, magnitude, back(lo), back(hi)};
 }
 
-constexpr int64_t kRow = 256;  // channels taken at a time: their sums stay in the first-level cache
+// A strip of channels: its sums stay in registers while all tokens go by, a cache line of each at a time.
+constexpr int64_t kStrip = 16;
+using Bits = uint32_t __attribute__((vector_size(4 * kStrip)));
+using Floats = float __attribute__((vector_size(4 * kStrip)));
+using Doubles = double __attribute__((vector_size(8 * kStrip)));
 
-// One token. Two loops, because compilers vectorize neither a choice between bits nor a conversion beside one.
-QPIPE_CLONES void add_row(const uint32_t* __restrict bits, int64_t channels, uint32_t limit, uint32_t* __restrict amax,
-                          double* __restrict total, double* __restrict energy) {
-    union {
-        uint32_t bits[kRow];
-        float value[kRow];
-    } magnitude;
-    for (int64_t c = 0; c < channels; ++c) {
-        const uint32_t all = bits[c] & kMagnitude;
-        magnitude.bits[c] = all & (0u - static_cast<uint32_t>(all < limit));
-        amax[c] = std::max(amax[c], magnitude.bits[c]);
+template <typename Vector, typename Scalar>
+void load(Vector& to, const Scalar* from, int64_t width) {
+    if (width == kStrip) {  // the usual case: a size that is known is one move
+        std::memcpy(&to, from, sizeof to);
+        return;
     }
-    for (int64_t c = 0; c < channels; ++c) {
-        const double wide = magnitude.value[c];
-        total[c] += wide;
-        energy[c] += wide * wide;
+    to = Vector{};
+    std::memcpy(&to, from, static_cast<size_t>(width) * sizeof(Scalar));
+}
+
+// bits: [tokens][channels], the strip's first channel foremost; width: its channels.
+QPIPE_CLONES void add_strip(const uint32_t* bits, int64_t tokens, int64_t channels, int64_t width, uint32_t limit,
+                            float* amax, double* total, double* energy) {
+    Bits most, next;
+    Doubles sum, squares;
+    load(most, amax, width);  // magnitudes order the same way as floats and as bits
+    load(sum, total, width);
+    load(squares, energy, width);
+    const Bits sign_off = Bits{} + kMagnitude, limits = Bits{} + limit;
+    for (int64_t t = 0; t < tokens; ++t, bits += channels) {
+        load(next, bits, width);
+        next &= sign_off;
+        next &= (Bits)(next < limits);
+        most = most > next ? most : next;
+        const Doubles wide = __builtin_convertvector((Floats)next, Doubles);
+        sum += wide;
+        squares += wide * wide;
     }
+    std::memcpy(amax, &most, static_cast<size_t>(width) * sizeof(float));
+    std::memcpy(total, &sum, static_cast<size_t>(width) * sizeof(double));
+    std::memcpy(energy, &squares, static_cast<size_t>(width) * sizeof(double));
 }
 
 constexpr int64_t kPage = 128;  // bins of one sign and exponent; most pages stay empty
@@ -274,15 +292,10 @@ void Registry::release(int64_t key) {
 
 void add_tokens(const float* values, int64_t tokens, int64_t channels, int64_t first, int64_t last, float sentinel,
                 Channels& run) {
-    // Floats and their bits share storage: magnitudes order the same way as either.
     const auto* bits = reinterpret_cast<const uint32_t*>(values);
-    auto* amax = reinterpret_cast<uint32_t*>(run.amax.data());
-    for (int64_t c = first; c < last; c += kRow) {
-        const int64_t part = std::min(kRow, last - c);
-        for (int64_t t = 0; t < tokens; ++t) {
-            add_row(bits + t * channels + c, part, as_bits(sentinel), amax + c, run.total.data() + c,
-                    run.energy.data() + c);
-        }
+    for (int64_t c = first; c < last; c += kStrip) {
+        add_strip(bits + c, tokens, channels, std::min(kStrip, last - c), as_bits(sentinel), run.amax.data() + c,
+                  run.total.data() + c, run.energy.data() + c);
     }
 }
 

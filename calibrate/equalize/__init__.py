@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError
-from ..qarray import Spec, dequantize
+from ..qarray import Spec, dequantize, minmax_range, params_from_range
 from ..registry import Registry
 from ..stats.channel_amax import ChannelAmax
 from ..weights import WeightMethod, WeightStats, gram_of, output_mse
@@ -105,8 +105,7 @@ def error_parts(
     w: Array, spec: Spec, stats: WeightStats, x_spec: Spec | None, method: WeightMethod
 ) -> tuple[float, float]:
     """Return the two parts of `output_error`: what rounding the weights adds, and what rounding the activations."""
-    channels = channels_of("the search of an equalizer", w, stats)
-    energy = channels.energy / max(channels.tokens, 1)
+    energy = input_energy(w, stats)
     rounded = dequantize(method(w, spec, stats))
     if stats.gram is not None:
         weights = output_mse(w, rounded, gram_of("the search of an equalizer", w, stats))
@@ -114,16 +113,58 @@ def error_parts(
         weights = float(np.square(rounded - w, dtype=np.float64).sum(axis=0) @ energy) / max(len(w), 1)
     if x_spec is None:
         return weights, 0.0
+    noise = input_noise(energy, stats, x_spec)
+    return weights, float(np.square(rounded.astype(np.float64)).sum(axis=0) @ noise) / max(len(w), 1)
+
+
+def expected_parts(w: Array, squares: F64, spec: Spec, stats: WeightStats, x_spec: Spec | None) -> tuple[float, float]:
+    """Return what `error_parts` returns, to a few percent and in a fifth of the time, without rounding any weight.
+
+    The error of a weight counts as evenly spread over its step, step^2 / 12, and as no more than the weight itself.
+
+    Args:
+        w: Weight [out, in].
+        squares: Sum of the squares of each column of ``w`` [in].
+        spec: How it is quantized; an integer format, no blocks.
+        stats: `channels` of its input.
+        x_spec: As for `error_parts`.
+    """
+    steps = params_from_range(minmax_range(w, spec.granularity), spec).scale.astype(np.float64)
+    energy, mean_squares = input_energy(w, stats), squares / max(len(w), 1)
+    weights = float(_mean_minimum(np.square(steps).reshape(-1) / 12, mean_squares) @ energy)
+    return weights, 0.0 if x_spec is None else float(mean_squares @ input_noise(energy, stats, x_spec))
+
+
+def _mean_minimum(a: F64, b: F64) -> F64:
+    """Return the mean over ``a [n]`` of ``min(a, b)``, as [m] for ``b [m]``, without an array of [n, m]."""
+    a = np.sort(a)
+    below = np.searchsorted(a, b)
+    return np.asarray((np.append(0.0, np.cumsum(a))[below] + b * (len(a) - below)) / len(a))
+
+
+def input_energy(w: Array, stats: WeightStats) -> F64:
+    """Return the mean square of each channel of the input of ``w`` [out, in], as [in]."""
+    channels = channels_of("the search of an equalizer", w, stats)
+    return np.asarray(channels.energy / max(channels.tokens, 1))
+
+
+def input_noise(energy: F64, stats: WeightStats, x_spec: Spec) -> F64:
+    """Return the expected squared error of each channel of an input with one scale, [in]; at most its ``energy``."""
     lo, hi = stats.interval
     width = 2 * max(-lo, hi) if x_spec.symmetric else hi - lo
-    noise = np.minimum((width / (x_spec.qmax - x_spec.qmin)) ** 2 / 12, energy)
-    return weights, float(np.square(rounded.astype(np.float64)).sum(axis=0) @ noise) / max(len(w), 1)
+    return np.minimum((width / (x_spec.qmax - x_spec.qmin)) ** 2 / 12, energy)
 
 
 def best_scale(candidates: list[F32], cost: Callable[[F32], float]) -> F32:
     """Return the candidate scale [in] with the smallest cost; among equals the first."""
     costs = [cost(scale) for scale in candidates]
     return candidates[int(np.argmin(costs))]
+
+
+def likeliest(candidates: list[F32], estimate: Callable[[F32], float], count: int) -> list[F32]:
+    """Return the ``count`` candidate scales [in] with the smallest estimates, in the order in which they were given."""
+    order = np.argsort([estimate(scale) for scale in candidates], kind="stable")[:count]
+    return [candidates[index] for index in sorted(order)]
 
 
 def bounded(scale: Array, live: Array) -> F32:

@@ -15,13 +15,16 @@ import numpy.typing as npt
 from ..qarray import Spec
 from ..weights import WeightStats
 from ..weights.rtn import Rtn
-from . import EQUALIZERS, best_scale, bounded, channels_of, error_parts
+from . import EQUALIZERS, best_scale, bounded, channels_of, error_parts, expected_parts, likeliest
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
 
 _ALPHAS = np.linspace(0, 1, 21)
 _CEILINGS = 2.0 ** -np.arange(0.5, 4.1, 0.5)
+
+_FINALISTS = 4
+"""Candidates whose errors are computed; the others are ruled out by an estimate that is right to a few percent."""
 
 WEIGHT_ERROR = 2.0
 """How much an error of weights counts beside one of activations in the search.
@@ -69,11 +72,23 @@ class SmoothQuant:
         powers = [_migrate(x_amax, w_amax, float(a)) for a in _ALPHAS]
         ceilings = [below(x_amax, w_amax, float(c)) for c in _CEILINGS]
 
-        def cost(scale: F32) -> float:
-            weights, activations = error_parts(w * scale, spec, known.scaled(scale), x_spec, Rtn())
-            return WEIGHT_ERROR * weights + activations
+        squares = np.einsum("oi,oi->i", w, w, dtype=np.float64)
 
-        return best_scale([unscaled, *ceilings, *powers], cost)
+        def estimate(scale: F32) -> float:
+            of_columns = squares * np.square(scale, dtype=np.float64)
+            return _weighed(expected_parts(w * scale, of_columns, spec, known.scaled(scale), x_spec))
+
+        def cost(scale: F32) -> float:
+            return _weighed(error_parts(w * scale, spec, known.scaled(scale), x_spec, Rtn()))
+
+        candidates = [unscaled, *ceilings, *powers]
+        if spec.format.is_integer and not spec.granularity.block_size:
+            candidates = likeliest(candidates, estimate, _FINALISTS)
+        return best_scale(candidates, cost)
+
+
+def _weighed(parts: tuple[float, float]) -> float:
+    return WEIGHT_ERROR * parts[0] + parts[1]
 
 
 def _migrate(x_amax: Array, w_amax: Array, alpha: float) -> F32:

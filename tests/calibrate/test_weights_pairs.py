@@ -64,9 +64,9 @@ def test_it_beats_what_it_replaces(out: int, inputs: int, seed: int, tail: float
         format=INT8, granularity=asked.granularity, narrow_range=True, reduce_bits=1
     ))  # fmt: skip
     mine = np.square(dequantize(found) - w).sum()
-    assert mine <= 1.1 * np.square(cut - w).sum() + 1e-12
+    assert mine <= 1.25 * np.square(cut - w).sum() + 1e-12
     if inputs >= 32:  # with few, chance may favour the scale of 7 bits
-        assert mine <= 1.1 * np.square(dequantize(quantize(w, seven)) - w).sum()
+        assert mine <= 1.25 * np.square(dequantize(quantize(w, seven)) - w).sum()
 
 
 def test_the_expected_error_chooses_nearly_as_well_as_trying_every_scale() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from .stages.cross_layer import CROSS_LAYER, balance
 from .stages.decide import wanted_tensors
 from .stages.details import hidden_tensors, require_memory, wanted_details
 from .stages.inline import inline_functions
+from .stages.needed import needed_tensors
 from .stages.prepare import prepare, require_opset
 from .stages.quantize import (
     Quantized,
@@ -107,8 +108,11 @@ class Job:
         options: CollectOptions = CollectOptions(),  # noqa: B008
         *,
         detail: str = "channels",
+        tensors: Sequence[str] | None = None,
     ) -> Calibration:
         """Run the float file over the data; see `stages.collect`, and `stages.details` for ``detail``.
+
+        ``tensors`` are those that `needed` gives for the recipe that the statistics are for.
 
         The file itself is run, not the prepared graph: names that survive preparing mean the same values, and a model
         larger than memory stays on disk. Only where tensors are new or changed, after `balance`, inlining or an upgrade
@@ -119,8 +123,16 @@ class Job:
         require_memory(self.model.graph, details, machine_memory())
         options = replace(options, identity=identity, details=details)
         source = clone(self.model) if self.rewritten else self.path
-        tensors = [*wanted_tensors(self.model.graph), *hidden_tensors(self.model.functions)]
-        return collect(source, tensors, batches, options)
+        tensors = self.needed() if tensors is None else tensors
+        return collect(source, [*tensors, *hidden_tensors(self.model.functions)], batches, options)
+
+    def needed(self, recipe: Recipe | None = None) -> list[str]:
+        """Return the tensors to collect for a recipe, or for the default scheme on every target."""
+        return needed_tensors(self.model.graph, recipe, self.model.functions)
+
+    def wanted(self) -> list[str]:
+        """Return the tensors to collect for any recipe."""
+        return wanted_tensors(self.model.graph)
 
     def quantize(
         self,
@@ -177,7 +189,8 @@ def quantize_file(
         batches = list(data) if runs_layers(recipe) else data
         options = QuantizeOptions(data=Data(batches=batches) if runs_layers(recipe) else None)
         if profits_from_statistics(recipe, in_order=in_order):
-            calibration = job.collect(batches, detail=needed_detail(recipe, in_order=in_order))
+            detail = needed_detail(recipe, in_order=in_order)
+            calibration = job.collect(batches, detail=detail, tensors=job.needed(recipe))
     result = job.quantize(recipe, calibration, options)
     if not result.plan.coded() and recipe.float_type is None:
         nodes = list(result.plan.nodes().values())

@@ -68,8 +68,7 @@ class Probe:
         self._taken = {entry.name for entry in graph.input}
         self.sentinels = {name: job.sentinel_of(known[name].onnx_type) for name in inside}
         self.counters = counters_of(built.proto, job, self.sentinels)
-        # Threads that wait for the next operator by spinning would take the processor from those that count.
-        config = {"session.intra_op.allow_spinning": "0"}
+        config: dict[str, str] = {}
         mapped, folder = built.nbytes > IN_MEMORY, place_weights(built)
         if folder is not None:
             config["session.model_external_initializers_file_folder_path"] = str(folder)

@@ -35,6 +35,14 @@ FORMS = ("ort-json", "ort-flatbuffers", "ort-text", "trt-cache")
     show_default=True,
     help="What to keep of layer inputs: magnitudes per channel, or XᵀX too (GPTQ, AWQ), or that where it stays small.",
 )
+@click.option(
+    "--tensors",
+    type=click.Choice(["static", "all"]),
+    default="static",
+    show_default=True,
+    help="Which to keep: those that static schemes turn to codes and that layers read, or any that a rule may ask for "
+    "(fp16, symmetric activations before a Relu).",
+)
 @click.option("--allow-nonfinite", is_flag=True, help="Accept activations that are NaN or infinite.")
 @click.option(
     "--sentinel",
@@ -90,7 +98,8 @@ def _collected(model: Path | None, target: Path, given: dict[str, Any]) -> Calib
         )
     checkpoints = Checkpoints(path=target, resume=given["resume"], force=given["force"], batches=given["save_every"])
     try:
-        return collect_statistics(open_job(model, given), given, checkpoints)
+        job = open_job(model, given)
+        return collect_statistics(job, given, job.wanted() if given["tensors"] == "all" else job.needed(), checkpoints)
     except KeyboardInterrupt:
         output.note(f"what was collected is in {target}; go on with --resume")
         raise

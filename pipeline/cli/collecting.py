@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,8 +48,10 @@ def read_statistics(path: Path, job: Job, *, by_name: bool = False) -> Calibrati
     return calibration
 
 
-def collect_statistics(job: Job, given: Mapping[str, Any], checkpoints: Checkpoints | None = None) -> Calibration:
-    """Collect from the data that the options name, with progress on stderr."""
+def collect_statistics(
+    job: Job, given: Mapping[str, Any], tensors: Sequence[str], checkpoints: Checkpoints | None = None
+) -> Calibration:
+    """Collect of ``tensors`` from the data that the options name, with progress on stderr."""
     from ..data import inputs_of
     from ..stages.collect import CollectOptions
 
@@ -69,7 +71,7 @@ def collect_statistics(job: Job, given: Mapping[str, Any], checkpoints: Checkpoi
             warn=output.warn,
         )
         start = time.monotonic()
-        calibration = job.collect(feed, options, detail=given["detail"])
+        calibration = job.collect(feed, options, detail=given["detail"], tensors=tensors)
     seconds = max(time.monotonic() - start, 1e-9)
     output.note(
         f"{calibration.samples} samples, {len(calibration.tensors)} tensors, "

@@ -189,7 +189,8 @@ def _statistics(job: Job, recipe: Recipe, given: dict[str, Any]) -> tuple[Recipe
     in_order = has_data(given) and runs_in_order(recipe)
     wanted = profits_from_statistics if has_data(given) else needs_statistics
     if known is None and wanted(recipe, in_order=in_order):
-        known = collect_statistics(job, {**given, "detail": needed_detail(recipe, in_order=in_order)})
+        detail = needed_detail(recipe, in_order=in_order)
+        known = collect_statistics(job, {**given, "detail": detail}, job.needed(recipe))
     return recipe, known
 
 

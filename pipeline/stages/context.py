@@ -107,10 +107,12 @@ class Context:
         """Whether the quantizer behind ``node`` can stand behind ``follower``, a Relu or Clip, instead.
 
         It then has to cut where the follower cuts, which a symmetric one does not; or the target runs product and
-        Relu in one kernel.
+        Relu in one kernel. A follower goes along with what ``include`` names: it is no operator any more.
         """
         rule = rule_of(follower)
-        if rule is None or rule.kind != "absorbed" or self.refusal(follower, rule) or not self.is_static(follower):
+        if rule is None or rule.kind != "absorbed" or not self.is_static(follower):
+            return False
+        if self._unwanted(follower) or self._unable(follower, rule):
             return False
         return self.target.fuses_relu or not self.activation_spec(node, follower.outputs[0]).symmetric
 
@@ -122,7 +124,7 @@ class Context:
             return bad if counted.nonfinite else _unfit(tensor.name, counted)
         if self.calibration is None or tensor.name not in self.calibration.tensors:
             known = {} if self.calibration is None else self.calibration.not_covered
-            why = known.get(tensor.name, "it was not seen during calibration")
+            why = known.get(tensor.name, "it was not collected; qpipe calibrate --tensors all does")
             return f"no statistics of {tensor.name!r}: {why}"
         return _unfit(tensor.name, self.calibration.tensors[tensor.name].histogram)
 
@@ -141,11 +143,14 @@ class Context:
 
     def unwanted(self, node: gs.Node) -> str:
         """Return why the user wants a node left alone, ``""`` when not."""
+        if self.recipe.include and not any(matches(pattern, node) for pattern in self.recipe.include):
+            return "no --include pattern matches it"
+        return self._unwanted(node)
+
+    def _unwanted(self, node: gs.Node) -> str:
         for pattern in self.recipe.exclude:
             if matches(pattern, node):
                 return f"excluded by the pattern {pattern!r}"
-        if self.recipe.include and not any(matches(pattern, node) for pattern in self.recipe.include):
-            return "no --include pattern matches it"
         if node.name in self.ends:
             return self.ends[node.name]
         if self.recipe_for(node).weights is None and self.recipe_for(node).activations is None:

@@ -186,6 +186,8 @@ def _decide_node(node: gs.Node, context: Context, draft: _Draft, regions: Region
         return f"no rule for {f'{domain}::' if domain else ''}{node.op}: it is left as it is"
     if rule.kind == "float":
         return rule.reason
+    if regions.is_absorbed(node):
+        return ""
     table = choice.table(node, context.recipe_for(node))
     if table is not None and not context.unwanted(node):
         draft.put_weight(node, 0, table, "rows of the table that are looked up become real", ("lookup", "rtn"))

@@ -79,7 +79,7 @@ def explain_float(path: Path, recipe: Recipe, calibration: Calibration | None = 
 def _random_statistics(job: Job, recipe: Recipe) -> Calibration:
     try:
         batches = random_batches(inputs_of(job.model.graph), RANDOM_SAMPLES)
-        return job.collect(batches, detail=needed_detail(recipe))
+        return job.collect(batches, detail=needed_detail(recipe), tensors=job.needed(recipe))
     except QpipeError as error:
         raise DataError(
             "the model does not run on random numbers, from which it would get scales to be explained with",

@@ -47,7 +47,7 @@ def choose(tensor: str, calibration: Calibration | None, options: OutlierOptions
         return Selection(index=np.zeros(0, np.int32), energy_share=0.0, bound=math.inf, capped=0, limit=0.0)
     known = None if calibration is None else calibration.tensors.get(tensor)
     if known is None:
-        return f"no statistics of {tensor!r}: it was not seen during calibration"
+        return f"no statistics of {tensor!r}: it was not collected"
     if known.channels is None:
         return f"no magnitudes per channel of {tensor!r} (qpipe calibrate --detail channels)"
     return select_outliers(

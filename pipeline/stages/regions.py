@@ -48,8 +48,6 @@ class Regions:
 
     def join(self, node: gs.Node, rule: OpRule) -> str:
         """Let an operator join when all its data inputs are codes or constants; return why it does not, or ``""``."""
-        if node.name in self._absorbed:
-            return ""
         inputs = [tensor for _, tensor in rule.data_inputs(node)]
         outside = [t for t in inputs if not self.is_codes(t) and weight_of(t) is None]
         if outside:
@@ -63,6 +61,10 @@ class Regions:
         if not unfit:
             self._admit(node, rule, [t for t in inputs if self.is_codes(t)])
         return unfit
+
+    def is_absorbed(self, node: gs.Node) -> bool:
+        """Whether the quantizer behind a product does what ``node`` does."""
+        return node.name in self._absorbed
 
     def members(self) -> Iterator[tuple[gs.Node, OpRule]]:
         """Yield the operators of all regions with their rules, in topological order."""

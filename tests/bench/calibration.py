@@ -4,8 +4,9 @@
                                       [--samples N] [--counts 5 50 500] [--onnxruntime-memory] [--json]
 
 *time*: seconds for the same batches, relative to a plain ``session.run``, round by round in turn, the median of the
-ratios, by the clock and by processor time (of all threads); opening sessions is left out. ONNX Runtime's calibrators
-are timed once, collecting and computing ranges.
+ratios, by the clock and by processor time (of all threads); opening sessions is left out. ``all tensors`` is what
+``qpipe calibrate --tensors all`` observes; the default are those that static schemes and layers read. ONNX Runtime's
+calibrators are timed once, collecting and computing ranges.
 *memory*: peak of a process of its own, by number of (ragged) batches; what counts is that it does not grow.
 *solve*: all tensors of a model by every method.
 
@@ -41,6 +42,7 @@ from qpipe.pipeline.session import make_session
 from qpipe.pipeline.stages.collect import CollectOptions, collect
 from qpipe.pipeline.stages.decide import wanted_tensors
 from qpipe.pipeline.stages.details import wanted_details
+from qpipe.pipeline.stages.needed import needed_tensors
 
 Batch = dict[str, np.ndarray]
 TOKENS = 64
@@ -56,11 +58,26 @@ def batches_of(subject: Subject, samples: int) -> list[Batch]:
     return [{name: np.pad(ids, ((0, 0), (0, TOKENS - ids.shape[1]))) for name, ids in b.items()} for b in batches]
 
 
-def runner(path: Path, *, native: bool, detail: str) -> Runner:
-    """Return what runs batches and counts their activations."""
-    model = load(path)
-    details = wanted_details(model.graph, detail)
-    return Runner(model, Job(tensors=tuple(wanted_tensors(model.graph)), details=details, native=native))
+class Way(NamedTuple):
+    """How to collect: with the plugin or numpy, with magnitudes per channel, and all tensors or those needed."""
+
+    native: bool
+    channels: bool = False
+    everything: bool = False
+
+    def __str__(self) -> str:
+        name = f"qpipe {'plugin' if self.native else 'numpy'}"
+        return name + ", channels" * self.channels + ", all tensors" * self.everything
+
+    def runner(self, path: Path) -> Runner:
+        """Return what runs batches and counts their activations."""
+        model = load(path)
+        tensors = wanted_tensors(model.graph) if self.everything else needed_tensors(model.graph)
+        details = wanted_details(model.graph, "channels" if self.channels else "none")
+        return Runner(model, Job(tensors=tuple(tensors), details=details, native=self.native))
+
+
+WAYS = [Way(native, c, e) for c, e in ((False, False), (True, False), (False, True)) for native in (True, False)]
 
 
 def quietly(work: Callable[[], Subject]) -> Subject:
@@ -88,11 +105,9 @@ def time_section(subject: Subject, rounds: int, samples: int) -> dict:
     batches = batches_of(subject, samples)
     plain = make_session(subject.float_path)
     ways: dict[str, Callable[[], object]] = {"session.run": lambda: [plain.run(None, batch) for batch in batches]}
-    for detail in ("none", "channels"):
-        for native in (True, False) if usable("cpu") else (False,):
-            made = runner(subject.float_path, native=native, detail=detail)
-            name = f"qpipe {'plugin' if native else 'numpy'}" + (", channels" if detail == "channels" else "")
-            ways[name] = collecting(made, batches)
+    for way in WAYS:
+        if usable("cpu") or not way.native:
+            ways[str(way)] = collecting(way.runner(subject.float_path), batches)
     seconds: dict[str, list[Took]] = {name: [] for name in ways}
     for index in range(rounds + 1):
         for name, work in ways.items():
@@ -187,7 +202,7 @@ def measure_memory(subject: Subject, tool: str, count: int) -> float:
     path = subject.float_path
     if tool == "qpipe":
         graph = load(path).graph
-        tensors, details = wanted_tensors(graph), wanted_details(graph, "channels")
+        tensors, details = needed_tensors(graph), wanted_details(graph, "channels")
         collect(path, tensors, ragged(subject, count), CollectOptions(details=details))
         return peak()
     calibrator, reader = onnxruntime_calibrator(path, uniform(subject, count), tool)

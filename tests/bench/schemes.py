@@ -63,7 +63,8 @@ class Outcome:
 
 def measure(subject: Subject, schemes: Sequence[str], target: str) -> list[Outcome]:
     """Run all schemes on one model; the float model comes first."""
-    calibration = Job.open(subject.float_path).collect(subject.reference.calibration_batches(), detail="auto")
+    job = Job.open(subject.float_path)
+    calibration = job.collect(subject.reference.calibration_batches(), detail="auto", tensors=job.wanted())
     plans: dict[str, Outcome] = {}
     rows = compare(subject, {name: maker(name, target, calibration, plans) for name in schemes})
     by_config = {row.config: row for row in rows}

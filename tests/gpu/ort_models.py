@@ -196,7 +196,8 @@ def minilm_rows(args: argparse.Namespace, folder: Path) -> Iterator[Row]:
     write_float16(source, paths[0], dict.fromkeys(feeds, shape), folder)
     job, recipe = Job.open(paths[0]), make_recipe(scheme="w8a8-outlier")
     # Float16 turns the mask's large negative number into -Inf.
-    calibration = job.collect(padded, CollectOptions(allow_nonfinite=True), detail=needed_detail(recipe))
+    options, needed = CollectOptions(allow_nonfinite=True), job.needed(recipe)
+    calibration = job.collect(padded, options, detail=needed_detail(recipe), tensors=needed)
     save(job.quantize(recipe, calibration).model, paths[1])
     yield compare("minilm", int(np.prod(shape)), paths, args.device, feeds)
 

@@ -173,7 +173,7 @@ def test_static_scales_need_statistics() -> None:
 def test_an_unknown_tensor_is_named() -> None:
     found = quantize(small(), calibration=Calibration(tensors={}))
     assert "'x'" in found.reason("MatMul_0")
-    assert "not seen" in found.reason("MatMul_0")
+    assert "not collected" in found.reason("MatMul_0")
 
 
 def test_mask_sentinels_never_enter_a_range() -> None:

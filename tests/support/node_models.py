@@ -70,7 +70,7 @@ def outcome(case: Any, folder: Path, scheme: str, *, constant: bool) -> Outcome:
     onnx.save(source, folder / "float.onnx")
     try:
         job = Job.open(folder / "float.onnx", convert=True)
-        statistics = job.collect(batches) if needs_statistics(recipe) else None
+        statistics = job.collect(batches, tensors=job.needed(recipe)) if needs_statistics(recipe) else None
         done = job.quantize(recipe, statistics)
     except QpipeError as error:
         if error.exit_code not in (3, 4, 5):

@@ -205,7 +205,7 @@ FAULTS = {
         script(f"yield {{'image': {IMAGE}[:0]}}\n    yield {{'image': {IMAGE}}}"),
         (*CALIBRATE, "d.py"),
         0,
-        ("warning: batches without elements were skipped", "2 samples"),
+        ("warning: batches without elements were skipped", "2 samples,"),
     ),
     "15 nothing else": Fault(
         script(f"yield {{'image': {IMAGE}[:0]}}"), (*CALIBRATE, "d.py"), 4, ("1 batches, all of them without elements",)

@@ -179,8 +179,9 @@ class OutlierOptions(_Part):
         cap: Most columns per layer; the largest are kept.
         headroom: A value beyond this many times the largest calibrated one of its column counts as a new outlier and is
             computed with two digits; 0 never looks.
-        min_inputs: Layers with fewer inputs stay in float: there, rows cost more to quantize than int8 gains. Float and
-            int8 break even at about 128 inputs (``tests/bench/outlier_matmul.py --shapes 64x64 128x128 128x512``).
+        min_inputs: Layers with fewer inputs get static scales, as ``w8a8`` gives, where their statistics show no
+            outliers, and stay in float elsewhere: rows cost more to quantize at run time than int8 gains. Float and
+            int8 break even at about 128 inputs (``tests/bench/outlier_matmul.py --break-even``).
     """
 
     threshold: float = Field(default=20.0, gt=0)

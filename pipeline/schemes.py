@@ -73,7 +73,7 @@ SCHEMES: dict[str, Scheme] = {
     "w8a8-outlier": Scheme(
         summary="int8 rows and columns, outlier columns in floating point (LLM.int8())",
         keys=_ROWWISE,
-        in_float=f"{_BY_RULE}; the columns whose inputs are outliers",
+        in_float=f"{_BY_RULE}; the columns whose inputs are outliers; small layers with outliers",
         known_as=("llm-int8", "llm.int8()", "bitsandbytes-int8"),
     ),
     "w8": _weight_only(

@@ -17,10 +17,10 @@ from ..calibration import Calibration
 from ..constants import QUANTIZABLE, Weight, dtype_name, is_sparse, weight_of
 from ..graph import values
 from ..patterns import matches
-from ..recipe import Recipe
+from ..recipe import Recipe, make_recipe
 from ..rules import OpRule, rule_of
 from ..targets import Target
-from . import choice
+from . import choice, outliers
 
 PER_CHANNEL_OPSET = 13
 """First opset whose DequantizeLinear takes a scale per channel."""
@@ -40,6 +40,7 @@ class Context:
         layers: Recipes of some nodes, by pattern; the first that matches wins.
         ends: Nodes that stay in float wherever they stand, with the reason: first and last layers on request.
         functions: Domain and name of model-local functions, whose calls are no operators.
+        static: Recipe of layers that have too few inputs for what theirs names: the scheme w8a8.
     """
 
     recipe: Recipe
@@ -49,15 +50,21 @@ class Context:
     layers: tuple[tuple[str, Recipe], ...] = ()
     ends: Mapping[str, str] = field(default_factory=dict)
     functions: Collection[tuple[str, str]] = ()
+    static: Recipe = field(default_factory=make_recipe)
     _constants: dict[str, Histogram] = field(default_factory=dict)
     _adapted: dict[int, Recipe] = field(default_factory=dict)
 
     def recipe_for(self, node: gs.Node) -> Recipe:
         """Return the recipe of one node, as the target can run it."""
-        recipe = self._asked(node)
+        recipe = self.static if self.is_left_to_static(node) else self._asked(node)
         if id(recipe) not in self._adapted:
             self._adapted[id(recipe)] = choice.adapt(recipe, self.target)
         return self._adapted[id(recipe)]
+
+    def is_left_to_static(self, node: gs.Node) -> bool:
+        """Whether a node of few inputs is left to the scheme w8a8, for its recipe's form would not gain there."""
+        options, runs = self._asked(node), node.op in self.target.kernels
+        return runs and options.form == "outlier" and outliers.gains_by_static(node, options.outliers, self.calibration)
 
     def form_for(self, node: gs.Node) -> str:
         """Return how the graph expresses the decisions of one node."""

@@ -22,7 +22,7 @@ from ..constants import QUANTIZABLE, Weight, dtype_name, weight_of
 from ..graph import all_graphs
 from ..patterns import require_matches
 from ..plan import Decision, Plan, Site
-from ..recipe import LayerOptions, Recipe
+from ..recipe import LayerOptions, Recipe, make_recipe
 from ..rules import OpRule, rule_of
 from ..targets import TARGETS
 from . import choice, outliers
@@ -141,6 +141,7 @@ def _context(
         layers=tuple((entry.match, of_layer(entry)) for entry in recipe.layers),
         ends=end_layers(graph, recipe.keep),
         functions={(function.domain, function.name) for function in functions},
+        static=make_recipe(scheme="w8a8", target=recipe.target, method=recipe.method),
     )
 
 
@@ -227,6 +228,8 @@ def _weighted(node: gs.Node, rule: OpRule, context: Context, draft: _Draft, regi
     elif context.why_float_data(node):
         draft.put(node, "in0", "activation", None, context.why_float_data(node))
     reason = "weight of a quantized operator"
+    if context.is_left_to_static(node):
+        reason = "too few inputs for OutlierMatMul and no outliers among them: static scales, as w8a8 gives"
     if context.opset < PER_CHANNEL_OPSET and recipe.weights.granularity == "channel":
         reason += f"; one scale per tensor, for opset {context.opset} has none per channel (qpipe quantize --upgrade)"
     known = None if context.calibration is None else context.calibration.tensors.get(node.inputs[0].name)
@@ -248,7 +251,7 @@ def _weighted(node: gs.Node, rule: OpRule, context: Context, draft: _Draft, regi
 def _outlier(node: gs.Node, slot: int, weight: Weight, context: Context, draft: _Draft) -> str:
     """Decide a layer whose outlier columns stay in floating point; return why it stays in float as a whole."""
     options = context.recipe_for(node).outliers
-    why = outliers.unable(node, weight, options)
+    why = outliers.unable(node, weight, options, context.calibration)
     if why:
         return why
     chosen = outliers.choose(node.inputs[0].name, context.calibration, options)

@@ -2,6 +2,7 @@
 
     python tests/bench/outlier_matmul.py [--threads 2] [--rows 1 8 64 512] [--shapes 4096x4096] [--lane avx2]
         [--clock cpu] [--json]
+    python tests/bench/outlier_matmul.py --break-even [--threads 1] [--clock cpu]
 
 Every cell is a ratio of times, float32 MatMul = 1.0, larger is faster. The candidates of one cell are timed in turn,
 round after round, so that a change of clock speed or a neighbour's load falls on all of them; a cell is the median.
@@ -10,6 +11,9 @@ call of a session from Python costs as much as one of them.
 
 ``--lane`` forces the plugin's instruction set. ONNX Runtime's cannot be forced: with a lower lane than it takes itself
 the ratios say how lanes compare, not how libraries do.
+
+``--break-even`` measures small products, and ONNX Runtime's int8 with a static scale beside them: from which number of
+inputs on OutlierMatMul (`OutlierOptions.min_inputs`) and static scales (`STATIC_FROM`) are faster than float.
 """
 
 from __future__ import annotations
@@ -32,6 +36,9 @@ from qpipe.plugins.outlier_matmul.op import DOMAIN, OP_TYPE, pack
 SHAPES = ((384, 1536), (768, 3072), (4096, 4096), (4096, 11008))
 ROWS = (1, 8, 64, 512)
 OUTLIERS = (0, 8, 64)
+BREAK_EVEN = tuple((k, n * k) for k in (32, 64, 96, 128, 192, 256) for n in (1, 4))
+BREAK_EVEN_ROWS = (64, 512)
+STATIC = "MatMulIntegerToFloat"
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 SECONDS_PER_CELL = 2.0
 COPIES_UP_TO_BYTES = 64 << 20  # of float32 weights
@@ -69,7 +76,11 @@ def session(copies: list[Node], inputs: int, threads: int) -> ort.InferenceSessi
         names = {name: f"{name}_{number}" for name in constants}
         initializers += [numpy_helper.from_array(value, names[name]) for name, value in constants.items()]
         results.append(helper.make_tensor_value_info(f"y_{number}", onnx.TensorProto.FLOAT, None))
-        nodes.append(helper.make_node(op_type, ["x", *names.values()], [f"y_{number}"], domain=domain))
+        data = "x"
+        if op_type == STATIC:
+            data = f"q_{number}"
+            nodes.append(helper.make_node("QuantizeLinear", ["x", names["x_scale"], names["x_zero"]], [data]))
+        nodes.append(helper.make_node(op_type, [data, *names.values()], [f"y_{number}"], domain=domain))
     x = helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, ["M", inputs])
     graph = helper.make_graph(nodes, "bench", [x], results, initializers)
     imports = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1), helper.make_opsetid(DOMAIN, 1)]
@@ -88,6 +99,7 @@ def candidates(inputs: int, outputs: int, threads: int, *, few_rows: bool) -> li
     copies: dict[str, list[Node]] = {
         "MatMul": [("MatMul", "", {"w": w.T.copy()}) for w in weights],
         "DynamicQuantize": [dynamic_quantize(w) for w in weights],
+        "static": [static(w) for w in weights],
     }
     for outliers in OUTLIERS:
         index = np.linspace(0, inputs - 1, min(outliers, inputs)).astype(int)
@@ -99,6 +111,18 @@ def dynamic_quantize(w: np.ndarray) -> Node:
     packed = pack(w, [], np.float32)
     constants = {"w": packed.w_q[:, : w.shape[1]].T.copy(), "s": packed.w_scale}
     return "DynamicQuantizeMatMul", "com.microsoft", constants
+
+
+def static(w: np.ndarray) -> Node:
+    """What ONNX Runtime makes of QuantizeLinear, DequantizeLinear and MatMul: the scheme w8a8 of one layer."""
+    packed = pack(w, [], np.float32)
+    constants = {
+        "w": packed.w_q[:, : w.shape[1]].T.copy(),
+        "x_scale": np.float32(8 / 255),
+        "w_scale": packed.w_scale,
+        "x_zero": np.uint8(128),
+    }
+    return STATIC, "com.microsoft", constants
 
 
 def measure(items: list[Candidate], rows: int, inputs: int, clock: Callable[[], float]) -> dict[str, float]:
@@ -118,12 +142,17 @@ def measure(items: list[Candidate], rows: int, inputs: int, clock: Callable[[], 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
-    parser.add_argument("--shapes", nargs="+", default=[f"{k}x{n}" for k, n in SHAPES], metavar="KxN")
+    parser.add_argument("--rows", type=int, nargs="+")
+    parser.add_argument("--shapes", nargs="+", metavar="KxN")
+    parser.add_argument("--break-even", action="store_true", help="small products: from where int8 gains")
     parser.add_argument("--lane", help="instruction set of the plugin; qpipe plugin info lists those of this CPU")
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: processor time of all threads")
     parser.add_argument("--json", action="store_true")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    shapes = BREAK_EVEN if arguments.break_even else SHAPES
+    arguments.shapes = arguments.shapes or [f"{k}x{n}" for k, n in shapes]
+    arguments.rows = arguments.rows or list(BREAK_EVEN_ROWS if arguments.break_even else ROWS)
+    return arguments
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from qpipe.pipeline.session import SessionExtras, make_session
 from qpipe.pipeline.stages.details import wanted_details
 from qpipe.pipeline.stages.prepare import prepare
 from qpipe.plugins.outlier_matmul import op as contract
-from quantizing import calibrate, error, model, normal, quantize, run
+from quantizing import Result, calibrate, error, model, normal, quantize, run
 
 NET = "g (float[N,T,96] x) => (float[N,T,80] y) { m = MatMul(x, w)  y = Add(b, m) }"
 
@@ -227,9 +227,51 @@ def test_a_layer_that_does_not_fit_stays_float_with_a_reason(kind: str) -> None:
     assert "OutlierMatMul" not in done.ops()
 
 
-def test_by_default_layers_that_cannot_gain_stay_float() -> None:
-    done = quantize(net(), calibration=statistics(net(), loud_batches()), scheme="w8a8-outlier")
-    assert "only 96 inputs" in done.reason("MatMul_0")
+def small(inputs: int, factor: float, **recipe: object) -> Result:
+    """A layer of few inputs, three of which are ``factor`` times as large as the rest."""
+    proto = model(NET.replace("96", str(inputs)), w=normal(inputs, 80) * 0.1, b=normal(80))
+    batches = [{"x": normal(2, 5, inputs, seed=i)} for i in range(3)]
+    for batch in batches:
+        batch["x"][..., [1, 5, 9]] *= factor
+    return quantize(proto, calibration=statistics(proto, batches), **{"scheme": "w8a8-outlier", **recipe})
+
+
+@pytest.mark.parametrize("target", ["ort-cpu", "ort-cpu-vnni"])
+def test_a_small_layer_without_outliers_is_left_to_static_scales(target: str) -> None:
+    done = small(96, 1.0, target=target)
+    assert done.ops() == {"QuantizeLinear": 1, "DequantizeLinear": 2, "MatMul": 1, "Add": 1}
+    reasons = {d.site.role: d.reason for d in done.sites("MatMul_0")}
+    assert "static scales, as w8a8 gives" in reasons["weight"]
+    assert error(done, {"x": normal(2, 5, 96)}) < 0.02
+    as_w8a8 = small(96, 1.0, target=target, scheme="w8a8", equalize="none")
+    assert done.initializers().keys() == as_w8a8.initializers().keys()
+    for name, value in as_w8a8.initializers().items():
+        np.testing.assert_array_equal(done.initializers()[name], value)
+
+
+def test_only_the_small_layer_is() -> None:
+    body = "g (float[N,96] x) => (float[N,80] y) { a = MatMul(x, w)  b = Relu(a)  y = MatMul(b, v) }"
+    proto = model(body, w=normal(96, 160) * 0.1, v=normal(160, 80) * 0.1)
+    done = quantize(proto, calibration=statistics(proto, [{"x": normal(9, 96)}]), scheme="w8a8-outlier")
+    assert done.ops() == {"QuantizeLinear": 1, "DequantizeLinear": 2, "MatMul": 1, "Relu": 1, "OutlierMatMul": 1}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "factor", "recipe", "words"),
+    [
+        (96, 50.0, {}, "hold 3 outlier columns"),
+        (63, 1.0, {}, "gain nothing below 64"),
+        (96, 1.0, {"target": "ort-cuda"}, "runs no static scales"),
+        (96, 1.0, {"scheme": "w8a8-vector"}, "need data"),
+    ],
+)
+def test_a_small_layer_that_static_scales_do_not_suit_stays_float(
+    inputs: int, factor: float, recipe: dict[str, str], words: str
+) -> None:
+    done = small(inputs, factor, **recipe)
+    assert done.ops() == {"MatMul": 1, "Add": 1}
+    assert f"only {inputs} inputs" in done.reason("MatMul_0")
+    assert words in done.reason("MatMul_0")
 
 
 def test_without_magnitudes_per_channel_the_remedy_is_named() -> None:

@@ -12,12 +12,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import onnx_graphsurgeon as gs
 
 from ..plugins.outlier_matmul import op as contract
-from .constants import dtype_name, weight_of
-from .graph import Model
-from .layers import with_outputs
+from .calibration.expose import expose
+from .calibration.probe import place_weights
+from .constants import weight_of
+from .graph import Model, all_graphs
+from .graph.exporter import skeleton
+from .layers import FOLDER_KEY
 from .report import Column, Table
 from .session import SessionExtras, make_session, plugin_status
 
@@ -25,7 +29,7 @@ Batch = Mapping[str, npt.NDArray[Any]]
 
 PLUGIN, BODY = "plugin", "body"
 
-AGREEMENT = {"float32": 1e-4, "float16": 4e-3}
+AGREEMENT = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 3.2e-2}
 """Largest difference, in units of the node's largest output, that different orders of summation explain."""
 
 
@@ -38,7 +42,8 @@ class OperatorRow:
         dtype: Type of its activations.
         differences: Making -> largest difference from numpy, in units of the node's largest output.
         new_outliers: Elements beyond the calibrated amplitude that numpy met.
-        elements: Elements of its input, those of outlier columns included.
+        elements: Elements of its input, those of outlier columns included; 0 where no batch took its branch.
+        unseen: Why it could not be compared, ``""`` when it could.
     """
 
     node: str
@@ -46,6 +51,7 @@ class OperatorRow:
     differences: dict[str, float] = field(default_factory=dict)
     new_outliers: int = 0
     elements: int = 0
+    unseen: str = ""
 
     def agrees(self) -> bool:
         """Whether all makings give the same numbers, up to the order of summation."""
@@ -58,7 +64,7 @@ def compare_operators(
     """Run every OutlierMatMul of a model with the plugin and without, and compute it with numpy.
 
     Args:
-        model: The quantized model; nodes inside bodies of If, Loop and Scan, and bfloat16 ones, are left out.
+        model: The quantized model; nodes inside bodies of If, Loop and Scan are compared as often as they ran.
         batches: Inputs by name.
         device: As for `make_session`; without the plugin it is always the CPU.
         threads: As for `make_session`.
@@ -66,28 +72,69 @@ def compare_operators(
     Returns:
         One row per node, in the graph's order; without a built plugin the rows say nothing of it.
     """
-    nodes = [node for node in model.graph.nodes if _is_comparable(node)]
-    rows = {node.name: OperatorRow(node=node.name, dtype=dtype_name(node.inputs[0])) for node in nodes}
+    nodes = {node.name: node for scope in all_graphs(model.graph) for node in scope.nodes if _is_comparable(node)}
+    rows = {name: OperatorRow(node=name, dtype=_dtype(node).name) for name, node in nodes.items()}
     if not rows:
         return []
-    names = dict.fromkeys(tensor.name for node in nodes for tensor in (node.inputs[0], node.outputs[0]))
-    source, config = with_outputs(model, names)
+    watch = _watch(model, list(nodes.values()))
+    for name, node in nodes.items():
+        ends = (node.inputs[0].name, node.outputs[0].name)
+        rows[name].unseen = next((watch.missing[end] for end in ends if end in watch.missing), "")
+    seen = [node for name, node in nodes.items() if not rows[name].unseen]
     makings = [PLUGIN, BODY] if plugin_status() == "registered" else [BODY]
     for making in makings:
         session = make_session(
-            source,
+            watch.model,
             device=device if making == PLUGIN else "cpu",
             threads=threads,
-            extras=SessionExtras(config=config, plugin=making == PLUGIN),
+            extras=SessionExtras(config=watch.config, plugin=making == PLUGIN),
         )
-        wanted = [output.name for output in session.get_outputs() if output.name in names]
         fed = {entry.name for entry in session.get_inputs()}
         for batch in batches:
             feed = {name: batch[name] for name in fed}
-            tensors = feed | dict(zip(wanted, session.run(wanted, feed), strict=True))
-            for node in nodes:
+            found = session.run(list(watch.outputs.values()), feed)
+            tensors = feed | dict(zip(watch.outputs, found, strict=True))
+            tensors |= {name: tensors[name].reshape(-1) for name in watch.lifted}
+            for node in seen:
                 _update(rows[node.name], making, node, tensors, counts=making == BODY)
     return list(rows.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Watch:
+    """A model that hands out what its OutlierMatMul nodes read and give.
+
+    Attributes:
+        model: Serialized; weights in data files stay there.
+        config: Session entries that it needs.
+        outputs: Tensor -> the graph output that carries it; those of 16 bits and those in bodies as float32.
+        lifted: Tensors that come out of bodies, flat.
+        missing: Tensors that cannot be had, and why.
+    """
+
+    model: bytes
+    config: dict[str, str]
+    outputs: dict[str, str]
+    lifted: set[str]
+    missing: dict[str, str]
+
+
+def _watch(model: Model, nodes: Sequence[gs.Node]) -> _Watch:
+    built = skeleton(model)
+    graph = built.proto.graph
+    here = {entry.name for entry in graph.input} | {name for node in graph.node for name in node.output}
+    wide: dict[str, str] = {}  # numpy knows no bfloat16: such tensors come out as float32, which holds them exactly
+    names = {tensor.name: _dtype(node) for node in nodes for tensor in (node.inputs[0], node.outputs[0])}
+    for name, dtype in names.items():
+        if name in here and dtype.name == "bfloat16":
+            wide[name] = f"qpipe_wide_{name}"
+            graph.node.append(onnx.helper.make_node("Cast", [name], [wide[name]], to=onnx.TensorProto.FLOAT))
+    exposed = expose(built.proto, [wide.get(name, name) for name in names])
+    outputs = {name: exposed.outputs[w] for name in names if (w := wide.get(name, name)) in exposed.outputs}
+    folder = place_weights(built)
+    config = {FOLDER_KEY: str(folder)} if folder else {}
+    data = built.proto.SerializeToString()
+    return _Watch(model=data, config=config, outputs=outputs, lifted=exposed.lifted, missing=exposed.not_covered)
 
 
 def operators_table(rows: Sequence[OperatorRow]) -> Table:
@@ -117,6 +164,8 @@ def operators_table(rows: Sequence[OperatorRow]) -> Table:
 def operator_notes(rows: Sequence[OperatorRow]) -> Iterator[str]:
     """Yield what a user should know about the rows."""
     for row in rows:
+        if row.unseen:
+            yield f"{row.node}: not compared with its reference: {row.unseen}"
         if not row.agrees():
             found = ", ".join(f"{making} {difference:.1e}" for making, difference in row.differences.items())
             yield f"{row.node}: plugin, function body and reference disagree ({found}); please report it"
@@ -132,13 +181,28 @@ def operator_notes(rows: Sequence[OperatorRow]) -> Iterator[str]:
 def _is_comparable(node: gs.Node) -> bool:
     if (node.domain, node.op) != (contract.DOMAIN, contract.OP_TYPE) or len(node.inputs) < 5:
         return False
-    return dtype_name(node.inputs[0]) in AGREEMENT and all(_constant(t) is not None for t in node.inputs[1:5])
+    return all(_constant(tensor) is not None for tensor in node.inputs[1:5])
+
+
+def _dtype(node: gs.Node) -> np.dtype[Any]:
+    """Type of the activations, which that of the outlier weights is: tensors in bodies need not have one."""
+    w_outlier = _constant(node.inputs[4])
+    assert w_outlier is not None
+    return w_outlier.dtype
 
 
 def _update(row: OperatorRow, making: str, node: gs.Node, tensors: Batch, *, counts: bool) -> None:
     packed = contract.Packed(**dict(zip(contract.INPUTS[1:5], map(_constant, node.inputs[1:5]), strict=True)))  # type: ignore[arg-type]
     bias = _constant(node.inputs[5]) if len(node.inputs) > 5 else None
-    x, y = tensors[node.inputs[0].name], tensors[node.outputs[0].name]
+    x, y = tensors[node.inputs[0].name], tensors[node.outputs[0].name].reshape(-1, len(packed.w_q))
+    if not y.size:
+        return  # of no rows, or in a branch that was not taken
+    depth = x.shape[-1] if x.ndim > 1 else x.size // len(y)
+    if contract.padded(depth, int(node.attrs.get("padding", contract.PADDING))) != packed.w_q.shape[1]:
+        row.unseen = "it reads in every iteration what another body computed"
+        return
+    x = x.astype(_dtype(node)).reshape(-1, depth)
+    x = np.tile(x, (len(y) // len(x), 1))  # a body may read the same rows of the main graph in every iteration
     expected, met = contract.reference(x, packed, bias, limit=float(node.attrs.get("limit", 0.0)))
     row.differences[making] = max(row.differences.get(making, 0.0), _difference(y, expected))
     if counts:

@@ -290,6 +290,31 @@ def test_a_shared_product_keeps_its_other_readers() -> None:
     assert error(done, batches[0]) < 0.02
 
 
+IN_BRANCHES = """g (float[N,96] x, bool c) => (float[N,80] y) {
+    y = If (c) <then_branch = t () => (float[N,80] a)
+                { p = MatMul(x, w)  q = Add(p, b)  r = MatMul(x, v)  a = Mul(q, r) },
+                else_branch = e () => (float[N,80] d) { s = MatMul(x, w)  d = Relu(s) }>
+}"""
+
+
+@pytest.mark.parametrize("plugin", [True, False])
+def test_layers_in_branches_of_an_if_keep_their_outliers(plugin: bool) -> None:
+    """Weights of both branches lie in the main graph; siblings join within their branch only."""
+    proto = model(IN_BRANCHES, w=normal(96, 80) * 0.1, v=normal(96, 80) * 0.1, b=normal(80))
+    batches = [{"x": batch["x"][0], "c": np.array(taken)} for batch in loud_batches(2) for taken in (True, False)]
+    done = outlier(proto, batches)
+    bodies = [attribute.g for attribute in done.proto.graph.node[0].attribute]
+    ops = [sorted(node.op_type for node in body.node if node.op_type != "Constant") for body in bodies]
+    assert sorted(ops) == [["Mul", "OutlierMatMul", "Split"], ["OutlierMatMul", "Relu"]]
+    held = {t.name: numpy_helper.to_array(t) for g in (done.proto.graph, *bodies) for t in g.initializer}
+    for node in (node for body in bodies for node in body.node if node.op_type == "OutlierMatMul"):
+        assert held[node.input[3]].tolist() == list(LOUD)
+    session = make_session(done.proto, extras=SessionExtras(plugin=plugin))
+    for batch in batches:
+        expected = run(proto, batch)[0]
+        np.testing.assert_allclose(session.run(None, batch)[0], expected, rtol=0, atol=0.02 * np.abs(expected).max())
+
+
 def test_half_precision_models_keep_their_type() -> None:
     body = "g (float16[N,96] x) => (float16[N,80] y) { y = MatMul(x, w) }"
     proto = model(body, w=(normal(96, 80) * 0.1).astype(np.float16))

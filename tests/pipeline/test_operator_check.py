@@ -7,13 +7,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from outlying import loud_batches, outlier
+from outlying import LOUD, loud_batches, outlier
 from qpipe.pipeline import graph
 from qpipe.pipeline.operator_check import BODY, PLUGIN, OperatorRow, compare_operators, operator_notes
 from qpipe.pipeline.report import to_text
 from qpipe.pipeline.session import plugin_status
 from qpipe.pipeline.stages.validate import ValidateOptions, validate
-from quantizing import model, normal
+from qpipe.plugins.outlier_matmul import op as contract
+from quantizing import model, normal, quantize, random_batches
 
 CHAIN = """g (float[N,T,96] x) => (float[N,T,40] y) {
     a = MatMul(x, w)  b = Relu(a)  c = MatMul(b, v)  y = Add(c, bias)
@@ -69,6 +70,77 @@ def test_half_precision() -> None:
     rows = compare_operators(graph.from_proto(outlier(proto, batches).proto), batches)
     assert [list(row.differences) for row in rows] == [AS_BUILT]
     assert rows[0].agrees()
+
+
+def test_bfloat16() -> None:
+    rng = np.random.default_rng(0)
+    w = rng.standard_normal((80, 96)).astype(np.float32)
+    packed = contract.pack(w, LOUD, contract.X_TYPES[2])
+    body = """g (float[N,96] x) => (float[N,80] y) {
+        h = Cast<to = 16>(x)  z, met = qpipe.OutlierMatMul(h, q, s, i, o)  y = Cast<to = 1>(z)
+    }"""
+    proto = model(body, domains='"qpipe" : 1', **dict(zip("qsio", packed.inputs().values(), strict=True)))
+    proto.functions.append(contract.function_proto(opset=21, dynamic=False))
+    batches = [{"x": batch["x"][0]} for batch in loud_batches()]
+    (row,) = compare_operators(graph.from_proto(proto), batches)
+    assert row.dtype == "bfloat16"
+    assert list(row.differences) == AS_BUILT
+    assert row.agrees()
+    assert row.elements == sum(batch["x"].size for batch in batches)
+
+
+BODIES = {
+    "If": """g (float[N,96] x, bool c) => (float[N,40] y) {
+        y = If (c) <then_branch = t () => (float[N,40] a) { p = MatMul(x, w)  q = Relu(p)  a = MatMul(q, v) },
+                    else_branch = e () => (float[N,40] b) { b = MatMul(x, u) }>
+    }""",
+    "Loop": """g (float[N,96] x) => (float[N,96] y) {
+        three = Constant<value = int64 {3}>()
+        y = Loop (three, , x) <body = l (int64 i, bool on, float[N,96] h) => (bool go, float[N,96] z)
+            { go = Identity(on)  p = Tanh(h)  m = MatMul(p, w)  n = MatMul(x, u)  k = Concat<axis = 1>(m, n)
+              z = MatMul(k, r) }>
+    }""",
+    "Scan": """g (float[3,5,96] x, float[5,96] f) => (float[3,5,40] y) {
+        y = Scan <num_scan_inputs = 1, body = s (float[5,96] h) => (float[5,40] z)
+            { p = Tanh(h)  m = MatMul(p, u)  n = MatMul(f, t)  z = Add(m, n) }> (x)
+    }""",
+}
+SHAPES = {"w": (96, 80), "v": (80, 40), "u": (96, 40), "t": (96, 40), "r": (120, 96)}
+
+
+def in_body(kind: str) -> onnx.ModelProto:
+    return model(BODIES[kind], **{n: normal(*s) * 0.1 for n, s in SHAPES.items() if f", {n})" in BODIES[kind]})
+
+
+def batches_of(proto: onnx.ModelProto) -> list[dict[str, np.ndarray]]:
+    """Batches in which every second condition is true."""
+    batches = random_batches(proto, 3)
+    for index, batch in enumerate(batches):
+        batch.update({"c": np.array(index % 2 == 0)} if "c" in batch else {})
+    return batches
+
+
+@pytest.mark.parametrize(("kind", "count"), [("If", 3), ("Loop", 3), ("Scan", 2)])
+def test_nodes_in_bodies_are_compared(kind: str, count: int) -> None:
+    proto = in_body(kind)
+    done = quantize(proto, scheme="w8a8-vector", outliers={"min_inputs": 64})
+    assert "OutlierMatMul" not in done.ops(), "only inside bodies"
+    rows = compare_operators(graph.from_proto(done.proto), batches_of(proto))
+    assert len(rows) == count
+    for row in rows:
+        assert row.unseen == ""
+        assert list(row.differences) == AS_BUILT
+        assert 0 < max(row.differences.values()) < 1e-5
+        assert row.elements > 0
+    assert list(operator_notes(rows)) == []
+
+
+def test_a_branch_that_was_not_taken_has_nothing_to_compare() -> None:
+    proto = in_body("If")
+    done = quantize(proto, scheme="w8a8-vector", outliers={"min_inputs": 64})
+    rows = compare_operators(graph.from_proto(done.proto), batches_of(proto)[:1])
+    assert sorted(row.elements > 0 for row in rows) == [False, True, True]
+    assert [row.differences == {} for row in rows] == [row.elements == 0 for row in rows]
 
 
 def test_a_model_without_the_operator_costs_nothing(pair: tuple[onnx.ModelProto, onnx.ModelProto]) -> None:

@@ -182,6 +182,8 @@ class OutlierOptions(_Part):
         min_inputs: Layers with fewer inputs get static scales, as ``w8a8`` gives, where their statistics show no
             outliers, and stay in float elsewhere: rows cost more to quantize at run time than int8 gains. Float and
             int8 break even at about 128 inputs (``tests/bench/outlier_matmul.py --break-even``).
+        counter: Give the model an output ``new_outliers``, int64 [layers]: how many values each layer met in a run that
+            calibration did not foresee. The metadata ``qpipe.new_outliers`` name the layers.
     """
 
     threshold: float = Field(default=20.0, gt=0)
@@ -189,6 +191,7 @@ class OutlierOptions(_Part):
     cap: int = Field(default=16, ge=0, le=1024)
     headroom: float = Field(default=2.0, ge=0)
     min_inputs: int = Field(default=128, ge=1)
+    counter: bool = False
 
     @property
     def looks_at_data(self) -> bool:

@@ -28,7 +28,7 @@ OLDEST_BODY_OPSET = 15
 def insert_outlier(bench: Workbench, node: gs.Node, decisions: list[Decision]) -> None:
     """Replace a MatMul or Gemm, and a constant Add behind it, by OutlierMatMul.
 
-    The counter of new outliers is an output with a name of its own, which a user may make an output of the graph.
+    The counter of new outliers is an output with a name of its own; `counters` makes an output of the graph of them.
     """
     decision = next(d for d in decisions if d.site.role == "weight")
     weight = weight_of(node.inputs[decision.site.index])

@@ -11,6 +11,7 @@ from ...calibrate.weights import WEIGHT_METHODS
 from ..calibration import Calibration
 from ..forms import Workbench
 from ..forms.cast import narrow
+from ..forms.counters import expose_counters
 from ..graph import Model, all_graphs
 from ..plan import Plan, Site
 from ..precision import widen
@@ -202,6 +203,8 @@ def quantize_model(
         accuracy_level=_accuracy_level(recipe),
     )
     insert(plan, bench)
+    if recipe.outliers.counter and (counted := expose_counters(bench)):
+        model.metadata["qpipe.new_outliers"] = ", ".join(counted)
     if given.nodes or recipe.float_type is not None:
         narrow(model.graph, plan, border_of(recipe, given), half_scales=target.half_scales)
     _add_functions(model, bench)

@@ -166,11 +166,31 @@ def test_a_new_outlier_at_run_time_is_counted_and_does_not_ruin_its_row() -> Non
     surprise = loud_batches(1)[0]
     surprise["x"][0, 0, 60] = 400.0
     assert error(done, surprise) < error(blind, surprise) / 3
-    counted = onnx.ModelProto()
-    counted.CopyFrom(done.proto)
-    met = counted.graph.node[0].output[1]
-    counted.graph.output.append(onnx.helper.make_tensor_value_info(met, onnx.TensorProto.INT64, []))
-    assert int(make_session(counted).run([met], surprise)[0]) == 1
+
+
+@pytest.mark.parametrize("plugin", [True, False])
+def test_new_outliers_can_be_an_output_of_the_model(plugin: bool) -> None:
+    body = "g (float[N,T,96] x) => (float[N,T,80] y) { h = MatMul(x, w)  y = MatMul(h, v) }"
+    proto = model(body, w=normal(96, 90) * 0.1, v=normal(90, 80) * 0.1)
+    done = outlier(proto, loud_batches(), outliers={"counter": True})
+    assert [output.name for output in done.proto.graph.output] == ["y", "new_outliers"]
+    onnx.checker.check_model(done.proto)
+    names = next(entry.value for entry in done.proto.metadata_props if entry.key == "qpipe.new_outliers").split(", ")
+    assert names == [node.name for node in done.proto.graph.node if node.op_type == "OutlierMatMul"]
+    session = make_session(done.proto, extras=SessionExtras(plugin=plugin))
+    assert session.get_outputs()[1].shape == [2]
+    known, surprise = loud_batches(1)[0], loud_batches(1)[0]
+    surprise["x"][0, 0, 60:63] = 400.0
+    assert session.run(["new_outliers"], known)[0].tolist() == [0, 0]
+    met = session.run(["new_outliers"], surprise)[0]
+    assert met.dtype == np.int64
+    assert met[0] == 3
+
+
+def test_without_a_layer_that_counts_there_is_no_such_output() -> None:
+    done = outlier(net(), loud_batches(), outliers={"counter": True, "headroom": 0.0})
+    assert [output.name for output in done.proto.graph.output] == ["y"]
+    assert any("counts new outliers" in note for note in done.result.notes)
 
 
 @pytest.mark.parametrize("shape", [(80,), (1, 80), (1,), (3, 1), (3, 80), ()])

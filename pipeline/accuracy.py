@@ -37,7 +37,7 @@ class Accuracy:
         max_abs: Largest difference.
         cosine_mean: Mean over samples of each sample's cosine.
         cosine_min: Lowest cosine of a sample.
-        same: Share of values that are equal, for integers; None for floating-point numbers.
+        same: Share of values that are equal, for integers and texts; None for floating-point numbers.
         top1: Share of positions with the same largest score; None where values are no scores.
         kld_mean: Mean Kullback-Leibler divergence from the reference's distribution [nats]; None likewise.
         kld_median: Its median.
@@ -84,14 +84,24 @@ class Comparison:
         self._kld = HistogramObserver()
 
     def update(self, reference: Array, approximation: Array) -> None:
-        """Compare one batch; arrays of different shapes are only counted."""
+        """Compare one batch; arrays of different shapes are only counted.
+
+        The arrays of a sequence are compared one by one. A text counts as 1, as 0 where the other is not the same.
+        """
         if reference.shape != approximation.shape:
             self._mismatched += 1
             return
-        if reference.size == 0 or not _is_numeric(reference) or not _is_numeric(approximation):
+        if reference.size == 0:
             return
-        if reference.dtype.kind in "biu":
-            self._same = (self._same or 0) + int(np.count_nonzero(reference == approximation))
+        if isinstance(reference.flat[0], np.ndarray):
+            for pair in zip(reference.flat, approximation.flat, strict=True):
+                self.update(*pair)
+            return
+        if not _is_float(reference):
+            same = np.asarray(reference == approximation)
+            self._same = (self._same or 0) + int(np.count_nonzero(same))
+            if not _is_numeric(reference):
+                reference, approximation = np.ones_like(same), same
         samples = reference.shape[0] if reference.ndim > 1 else 1
         for r, a in _chunks(reference.reshape(samples, -1), approximation.reshape(samples, -1)):
             self._add(r, a)
@@ -174,9 +184,13 @@ class Comparison:
         return shifted, values, values.sum(axis=1)
 
 
-def _is_numeric(array: Array) -> bool:
+def _is_float(array: Array) -> bool:
     # Kind V: bfloat16 and its like.
-    return array.dtype.kind in "biufV"
+    return array.dtype.kind in "fV"
+
+
+def _is_numeric(array: Array) -> bool:
+    return _is_float(array) or array.dtype.kind in "biu"
 
 
 def _chunks(reference: Array, approximation: Array) -> Iterator[tuple[Array, Array]]:

@@ -27,7 +27,7 @@ from ..calibrate.weights import WEIGHT_METHODS, WeightStats
 from .constants import Weight, weight_of
 from .extents import extremes
 from .graph import Model, all_graphs, constants, stored_size
-from .graph.constants import FileValues, stored
+from .graph.constants import FileValues
 from .graph.external import CHUNK
 from .graph.halves import widened
 from .graph.lazy import REGION
@@ -218,7 +218,7 @@ def _timed(action: Callable[[], object], repeats: int = 3) -> float:
 
 def _read_rate(held: list[gs.Constant]) -> float:
     """Return bytes per second at which weights are read, infinite where they are in memory."""
-    outside = [values for c in held if isinstance(values := _stored_or_none(c), FileValues)]
+    outside = [c._values for c in held if isinstance(c._values, FileValues)]
     if not outside:
         return math.inf
     largest = max(outside, key=lambda values: values.nbytes)
@@ -227,14 +227,6 @@ def _read_rate(held: list[gs.Constant]) -> float:
     for _ in in_order(job for job, _ in zip(largest.jobs(), range(-(-size // CHUNK)), strict=False)):
         pass
     return size / max(time.perf_counter() - start, 1e-9)
-
-
-def _stored_or_none(constant: gs.Constant) -> object:
-    """Return the values of a constant unread, None for a sparse one."""
-    try:
-        return stored(constant)
-    except TypeError:
-        return None
 
 
 def _write_rate(folder: Path, size: int) -> float:

@@ -17,7 +17,7 @@ import onnx_graphsurgeon as gs
 
 from .checks.context import DEQUANTIZE, QUANTIZE, constant_of, type_name
 from .graph import Model, constants, stored_size
-from .graph.constants import FileValues, stored
+from .graph.constants import FileValues
 from .graph.protos import all_tensors, byte_size
 from .graph.queries import all_graphs
 
@@ -162,7 +162,7 @@ def file_bytes(model: Model) -> int:
 
 def data_files(model: Model) -> dict[str, int]:
     """Return the size [bytes] of each external data file of a model, by path."""
-    held = [stored(constant) for graph in all_graphs(model.graph) for constant in constants(graph)]
+    held = [constant._values for graph in all_graphs(model.graph) for constant in constants(graph)]
     paths = {values.source.path for values in [*held, *model.weights.values()] if isinstance(values, FileValues)}
     return {str(path): Path(path).stat().st_size for path in sorted(paths)}
 
@@ -198,7 +198,7 @@ def stored_type(number: int) -> str:
 
 
 def _fact(constant: gs.Constant) -> TensorFact:
-    values = stored(constant)
+    values = constant._values
     kind = type_name(constant) or "UNDEFINED"
     role, parameters = _role(constant, kind)
     return TensorFact(

@@ -233,7 +233,11 @@ def verdicts(accuracies: Accuracies, thresholds: Thresholds, judge: Collection[s
     for name, limit in asdict(thresholds).items():
         if limit is None:
             continue
-        found = {key: getattr(accuracy, _MEASURED[name]) for key, accuracy in accuracies.items()}
+        # An output of another shape keeps no threshold, whatever the batches say that could be compared.
+        found = {
+            key: math.nan if accuracy.mismatched else getattr(accuracy, _MEASURED[name])
+            for key, accuracy in accuracies.items()
+        }
         judged = {key: value for key, value in found.items() if value is not None and key[1] in judge}
         if not judged:
             raise RecipeError(

@@ -153,6 +153,7 @@ class _Run:
         self.operators: list[OperatorRow] = []
         self.batches = self.samples = 0
         self._kept: list[Batch] = []
+        self._texts: dict[str, npt.NDArray[Any]] = {}
         self._inputs: Recorder | None = None
         self._results: Recorder | None = None
 
@@ -167,12 +168,13 @@ class _Run:
 
     def over(self, batches: Iterable[Batch]) -> None:
         """Run all batches through all sessions, in turn."""
-        from polygraphy.backend.onnxrt import OnnxrtRunner
         from polygraphy.comparator import Comparator
         from polygraphy.exception import PolygraphyException
         from polygraphy.logger import G_LOGGER
 
-        runners = [OnnxrtRunner(lambda s=session: s, name=name) for name, session in self.sessions.items()]
+        from ..runners import SessionRunner
+
+        runners = [SessionRunner(session, name, self._texts) for name, session in self.sessions.items()]
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
             try:
                 for step in Comparator.run(runners, self._fitting(batches), streaming=True):
@@ -228,6 +230,7 @@ class _Run:
                 self._kept.append(batch)
             if self._inputs is not None:
                 self._inputs.append(batch)
+            self._texts.update({name: array for name, array in batch.items() if array.dtype.kind in "OUS"})
             yield batch
             self.batches += 1
             self.samples += samples_in(batch)

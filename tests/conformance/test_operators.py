@@ -17,6 +17,7 @@ from qpipe.pipeline.calibration import Calibration
 from qpipe.pipeline.session import SessionExtras, make_session
 from qpipe.pipeline.targets import TARGETS
 from quantizing import FINE, calibrate, error, model, normal, quantize, random_batches, run, signature
+from validating import validated
 
 Array = np.ndarray[Any, Any]
 
@@ -275,14 +276,14 @@ def calibrated(case: str) -> tuple[onnx.ModelProto, Calibration]:
 
 @pytest.mark.parametrize("target", TARGETS.names())
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_an_operator_is_quantized_for_a_target(case: Case, target: str) -> None:
+def test_an_operator_is_quantized_for_a_target(case: Case, target: str, tmp_path: Path) -> None:
     source, calibration = calibrated(case.name)
     found = quantize(source, calibration=calibration, target=target, method="minmax")
     assert signature(found.proto) == signature(source)
     if all(op in TARGETS.get(target).kernels for op in ("Conv", "Gemm", "MatMul")):
         kept = [d for d in found.plan.nodes().values() if d.spec is None and d.op in ("Conv", "Gemm", "MatMul")]
         assert kept == []
-    assert max(error(found, batch) for batch in random_batches(source)) < 0.1
+    validated(found, random_batches(source), tmp_path, min_sqnr_db=20)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

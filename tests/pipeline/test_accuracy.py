@@ -107,8 +107,16 @@ def test_equal_zero_integers_and_odd_types() -> None:
     half = np.array([[1, 2]], ml_dtypes.bfloat16)
     assert _compare([(half, half)]).values == 2
     assert _compare([(np.array(3.0), np.array(4.0))]).max_abs == 1.0
-    text = np.array(["a"], dtype=object)
-    assert _compare([(text, text)]).values == 0
+
+
+def test_texts_and_sequences() -> None:
+    one, other = np.array(["a", "b"], object), np.array(["a", "c"], object)
+    found = _compare([(one, one), (one, other)])
+    assert (found.same, found.values, found.max_abs) == (0.75, 4, 1.0)
+    assert found.sqnr_db == pytest.approx(10 * math.log10(4))
+    tensors = np.empty(2, object)
+    tensors[0], tensors[1] = np.ones((2, 3), np.float32), np.zeros(3, np.float32)
+    assert (_compare([(tensors, tensors)]).values, _compare([(tensors, tensors[:1])]).mismatched) == (9, 1)
 
 
 def test_other_shapes_are_counted_apart() -> None:

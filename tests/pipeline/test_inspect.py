@@ -142,6 +142,18 @@ def test_subgraphs_functions_and_shared_weights_count_once() -> None:
     assert facts.operators["Add"] == 2
 
 
+def test_a_sparse_weight_counts_as_it_is_stored(tmp_path: Path) -> None:
+    text = '<ir_version: 8, opset_import: ["": 17]> g (float[N,90] x) => (float[N,90] y) { y = MatMul(x, w) }'
+    model = parser.parse_model(text)
+    values, places = numpy_helper.from_array(np.float32([1]), "w"), numpy_helper.from_array(np.array([3]), "i")
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [90, 90]))
+    onnx.save(model, tmp_path / "m.onnx")
+    facts = inspect_model(graph.load(tmp_path / "m.onnx"))
+    assert facts.parameters == 90 * 90
+    assert facts.bytes_by_type["FLOAT"] < 100
+    assert facts.file_bytes == (tmp_path / "m.onnx").stat().st_size
+
+
 def test_weights_are_never_read(tmp_path: Path) -> None:
     """The weight is a hole of 8 GiB in a sparse file."""
     rows = 2**21

@@ -227,6 +227,36 @@ def test_nan_keeps_no_threshold(pair: tuple[Path, Path], tmp_path: Path) -> None
     assert {row["rule"] for row in result.table("findings").rows} == {"scale-finite"}
 
 
+def test_an_output_of_another_shape_keeps_no_threshold(tmp_path: Path) -> None:
+    head = '<ir_version: 8, opset_import: ["": 17]> g (float[N,8] x) => '
+    for name, text in (("a", "(float[N,8] y) { y = Tanh(x) }"), ("b", "(float[N,9] y) { y = Pad(x, p) }")):
+        onnx.save(_model(head + text, {"p": np.array([0, 0, 0, 1])} if name == "b" else {}), tmp_path / f"{name}.onnx")
+    options = ValidateOptions(thresholds=Thresholds(min_cosine=-1, max_abs=1e30))
+    result = validate(tmp_path / "a.onnx", tmp_path / "b.onnx", _batches(2), options)
+    assert [v.passed for v in result.verdicts] == [False, False]
+    assert any("another shape" in note for note in result.notes)
+
+
+def test_strings_sequences_and_sparse_weights_are_compared(tmp_path: Path) -> None:
+    text = """<ir_version: 8, opset_import: ["": 17]>
+    g (float[N,2] x, string[N] t) => (seq(float[N,2]) s, string[N] u, float[N,2] y) {
+        y = MatMul(x, w)  s = SequenceConstruct(y, x)  u = Identity(t)
+    }"""
+    model = _model(text, {})
+    values, places = numpy_helper.from_array(np.float32([1, 2]), "w"), numpy_helper.from_array(np.array([0, 3]), "i")
+    model.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(values, places, [2, 2]))
+    onnx.save(model, tmp_path / "sparse.onnx")
+    dense = _model(text, {"w": np.float32([[1, 0], [0, 2.5]])})
+    onnx.save(dense, tmp_path / "dense.onnx")
+    batches = [{"x": np.ones((size, 2), np.float32), "t": np.array(["a"] * size, object)} for size in (1, 3)]
+    result = validate(tmp_path / "sparse.onnx", tmp_path / "dense.onnx", batches)
+    rows = {(r["output"], r["semantics"]): r for r in result.table("outputs").rows}
+    for semantics in (EXACT, DEPLOYED):
+        assert rows["s", semantics]["values"] == 16
+        assert rows["s", semantics]["max_abs"] == rows["y", semantics]["max_abs"] == 0.5
+        assert rows["u", semantics]["same"] == 1
+
+
 def test_a_threshold_on_scores_needs_an_output_of_scores(tmp_path: Path) -> None:
     model = _model('<ir_version: 8, opset_import: ["": 17]> g (float[N,8] x) => (float[N,8] y) { y = Tanh(x) }', {})
     path = tmp_path / "m.onnx"

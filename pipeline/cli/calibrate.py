@@ -79,7 +79,9 @@ def command(model: Path | None, output_path: Path | None, **given: Any) -> None:
             "not_covered": dict(calibration.not_covered),
         },
         given["as_json"],
-        [
+        []
+        if given["quiet"]
+        else [
             f"wrote {output_path} ({output_path.stat().st_size / 1e6:.1f} MB): {calibration.samples} samples, "
             f"{len(calibration.tensors)} tensors",
             f"look at it: qpipe inspect {output_path}",

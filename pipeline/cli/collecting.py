@@ -53,6 +53,7 @@ def collect_statistics(
 ) -> Calibration:
     """Collect of ``tensors`` from the data that the options name, with progress on stderr."""
     from ..data import inputs_of
+    from ..memory import peak_memory
     from ..stages.collect import CollectOptions
 
     feed = feed_from(given, inputs_of(job.model.graph))
@@ -67,7 +68,7 @@ def collect_statistics(
             op_libraries=given["custom_op_library"],
             random=not given["data"],
             checkpoints=checkpoints,
-            progress=lambda done, rate: advance(done, f"{rate:.1f} samples/s, peak {_peak_memory():.0f} MB"),
+            progress=lambda done, rate: advance(done, f"{rate:.1f} samples/s, peak {peak_memory() / 1e6:.0f} MB"),
             warn=output.warn,
         )
         start = time.monotonic()
@@ -75,7 +76,7 @@ def collect_statistics(
     seconds = max(time.monotonic() - start, 1e-9)
     output.note(
         f"{calibration.samples} samples, {len(calibration.tensors)} tensors, "
-        f"{calibration.samples / seconds:.1f} samples/s, peak {_peak_memory():.0f} MB"
+        f"{calibration.samples / seconds:.1f} samples/s, peak {peak_memory() / 1e6:.0f} MB"
     )
     for line in not_covered_lines(calibration.not_covered):
         output.note(line)
@@ -117,10 +118,3 @@ def layer_data(job: Job, recipe: Recipe, given: Mapping[str, Any]) -> Iterator[D
             op_libraries=given["custom_op_library"],
             progress=lambda done, total: advance(done, f"of {total} layers"),
         )
-
-
-def _peak_memory() -> float:
-    """Return the largest resident size of this process so far, in MB."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

@@ -21,7 +21,7 @@ OUTPUT = click.option(
 )
 FORCE = click.option("--force", is_flag=True, help="Replace existing files.")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print exactly one JSON object on stdout.")
-QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress.")
+QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress, and no summary of a file written.")
 
 
 class Bytes(click.ParamType):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ..calibration import Calibration
     from ..estimate import Cost
     from ..graph import Model
-    from ..plan import Plan
+    from ..plan import Decision, Plan
     from ..recipe import Recipe
     from ..stages.preview import Preview
     from ..stages.quantize import Quantized
@@ -184,7 +185,7 @@ def _statistics(job: Job, recipe: Recipe, given: dict[str, Any]) -> tuple[Recipe
     known = read_statistics(given["calib"], job, by_name=given["calib_by_name"]) if given["calib"] else None
     recipe = recipe.settled(knows_inputs=has_data(given) or (known is not None and has_grams(known)))
     chains = job.balance(recipe, known)
-    if chains:
+    if chains and not given["quiet"]:
         output.note(f"equalized the weights of {len(chains)} chains of layers, {sum(map(len, chains))} layers in all")
     in_order = has_data(given) and runs_in_order(recipe)
     wanted = profits_from_statistics if has_data(given) else needs_statistics
@@ -219,9 +220,7 @@ def _report(result: Quantized | Preview, recipe: Recipe, given: dict[str, Any], 
     from ..stages.tune import describe_passes
 
     nodes = result.plan.nodes()
-    # What keeps the type of float that it came with is not quantized.
-    quantized = [d for d in nodes.values() if d.spec is not None and (recipe.float_type or d.form != "cast")]
-    kept = [d for d in nodes.values() if d not in quantized]
+    quantized, kept = _split(nodes.values(), recipe)
     before, after = outcome.sizes
     methods = Counter(s.method for s in result.activations.values())
     data = {
@@ -249,17 +248,28 @@ def _report(result: Quantized | Preview, recipe: Recipe, given: dict[str, Any], 
         output.warn(note)
     if not quantized:
         output.warn("nothing was quantized; the reasons are below")
-    if given["why"] or given["dry_run"] or not quantized:
+    is_asked_for = given["why"] or given["dry_run"] or not quantized
+    if is_asked_for:
         lines += output.table(
             ["node", "op", "stored as", "reason"],
             [[d.site.node, d.op, _stored(d), d.reason] for d in nodes.values()],
         )
-    else:
+    elif kept:
         lines += ["left in float (qpipe quantize --why lists every node):"]
         lines += output.table(["nodes", "reason"], [[n, reason] for reason, n in _reasons(kept).most_common()])
     lines += _cost_lines(outcome)
     lines += [f"wrote {path}" for path in outcome.written]
-    output.emit(data, given["as_json"], lines)
+    output.emit(data, given["as_json"], [] if given["quiet"] and not is_asked_for else lines)
+
+
+def _split(nodes: Iterable[Decision], recipe: Recipe) -> tuple[list[Decision], list[Decision]]:
+    """Return what is quantized, and what is left in float: what keeps the type that it came with is among that."""
+    quantized: list[Decision] = []
+    kept: list[Decision] = []
+    for d in nodes:
+        is_quantized = d.spec is not None and (recipe.float_type or d.form != "cast")
+        (quantized if is_quantized else kept).append(d)
+    return quantized, kept
 
 
 def _choices(result: Quantized | Preview, recipe: Recipe, given: dict[str, Any]) -> list[str]:

@@ -19,7 +19,6 @@ import argparse
 import contextlib
 import io
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -38,6 +37,7 @@ from qpipe.pipeline.calibration.job import Job
 from qpipe.pipeline.calibration.native import usable
 from qpipe.pipeline.calibration.runner import Runner
 from qpipe.pipeline.graph import load
+from qpipe.pipeline.memory import peak_memory
 from qpipe.pipeline.session import make_session
 from qpipe.pipeline.stages.collect import CollectOptions, collect
 from qpipe.pipeline.stages.decide import wanted_tensors
@@ -204,16 +204,11 @@ def measure_memory(subject: Subject, tool: str, count: int) -> float:
         graph = load(path).graph
         tensors, details = needed_tensors(graph), wanted_details(graph, "channels")
         collect(path, tensors, ragged(subject, count), CollectOptions(details=details))
-        return peak()
+        return peak_memory() / 2**20
     calibrator, reader = onnxruntime_calibrator(path, uniform(subject, count), tool)
     calibrator.collect_data(reader)
     calibrator.compute_data()
-    return peak()
-
-
-def peak() -> float:
-    """Return the largest resident size of this process so far, in MiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_memory() / 2**20
 
 
 def memory_section(subject: Subject, counts: list[int], tools: list[str]) -> dict:

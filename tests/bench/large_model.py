@@ -232,7 +232,7 @@ def spot_check(source: Path, output: Path, names: list[str]) -> bool:
     from qpipe.pipeline.recipe import make_recipe
     from qpipe.pipeline.stages.weights import quantize_layer
 
-    recipe = make_recipe(**json.loads(output.with_suffix(".yaml").read_text()))
+    recipe = make_recipe(**json.loads(output.with_suffix(".yaml").read_text())).settled(knows_inputs=False)
     before = {node.name: node for node in graph.load(source).graph.nodes}
     after = {node.name: node for node in graph.load(output).graph.nodes}
     for name in names:

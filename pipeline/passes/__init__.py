@@ -12,6 +12,7 @@ from collections.abc import Callable
 import onnx_graphsurgeon as gs
 
 from ..fresh import FreshNames
+from .attention_to_matmul import attention_to_matmul
 from .densify_sparse import densify_sparse
 from .einsum_to_matmul import einsum_to_matmul
 from .floor_masked_softmax import floor_masked_softmax
@@ -23,7 +24,14 @@ from .remove_identity import remove_identity
 Pass = Callable[[gs.Graph, FreshNames], int]
 """Changes one graph in place and returns how many places it changed."""
 
-PASSES: tuple[Pass, ...] = (lower_constants, densify_sparse, remove_identity, einsum_to_matmul, fold_batchnorm)
+PASSES: tuple[Pass, ...] = (
+    lower_constants,
+    densify_sparse,
+    remove_identity,
+    einsum_to_matmul,
+    attention_to_matmul,
+    fold_batchnorm,
+)
 
 TARGET_PASSES: dict[str, Pass] = {run.__name__: run for run in (keep_sums_apart, floor_masked_softmax)}
 """By name, in order. The first line of a pass's docstring, up to "; return", is what a plan prints of it."""

@@ -71,7 +71,14 @@ add_each(("Einsum",), "float", "only an Einsum that is a product with a matrix i
 add_each(("ScatterElements", "ScatterND"), "float", "overwrites parts of a tensor; no integer kernel gains")
 
 add_each(
-    ("Attention", "MultiHeadAttention", "GroupQueryAttention", "PackedMultiHeadAttention", "RotaryEmbedding"),
+    ("Attention",),
+    "float",
+    "only one with a constant weight, a bias, no past, and no mask or one of 2 or 3 axes is taken apart into a MatMul, "
+    "which is quantized, and MultiHeadAttention",
+    domain=MICROSOFT,
+)
+add_each(
+    ("MultiHeadAttention", "GroupQueryAttention", "PackedMultiHeadAttention", "RotaryEmbedding"),
     "float",
     _ATTENTION,
     domain=MICROSOFT,

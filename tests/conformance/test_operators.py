@@ -239,7 +239,7 @@ CASES = [
     product(
         "Attention of ONNX Runtime",
         "(float[2,5,8] x) => (float[2,5,8] y) { y = com.microsoft.Attention<num_heads=2>(x, w, b) }",
-        "",
+        "MatMulIntegerToFloat",
         w=normal(8, 24) / 3,
         b=normal(24) / 3,
     ),

@@ -8,6 +8,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx import helper
 from qpipe.pipeline import graph
+from qpipe.pipeline.calibration import Calibration
 from qpipe.pipeline.fresh import FreshNames
 from qpipe.pipeline.ordering import sorted_nodes
 from qpipe.pipeline.stages.prepare import prepare
@@ -241,3 +242,46 @@ def test_a_body_comes_after_what_it_reads() -> None:
     inner = graph.from_proto(source).graph
     inner.nodes = inner.nodes[::-1]
     assert [node.op for node in sorted_nodes(inner)] == ["Tanh", "If"]
+
+
+ATTENTION = {
+    "plain": ("x, w, b", ""),
+    "causal": ("x, w, b", ", unidirectional=1, scale=0.3"),
+    "sizes": ("x, w, b", ", qkv_hidden_sizes=[4,4,16]"),
+    "keys": ("x, w, b, m2", ", mask_filter_value=-3.0"),
+    "pairs": ("x, w, b, m3, , a", ""),
+}
+INPUTS = "float[2,5,8] x, int32[2,5] m2, int32[2,5,5] m3, float[1,2,5,5] a"
+
+
+def attention(operands: str, attributes: str, opset: int = 17) -> onnx.ModelProto:
+    width = 16 if "sizes" in attributes else 8
+    given = ", ".join(entry for entry in INPUTS.split(", ") if entry.split()[1] in operands.split(", "))
+    body = f"""g ({given}) => (float[2,5,{width}] y) {{
+        y = com.microsoft.Attention<num_heads=2{attributes}>({operands})
+    }}"""
+    return model(body, opset=opset, ir=8, domains='"com.microsoft" : 1', w=normal(8, 24) / 3, b=normal(24) / 3)
+
+
+@pytest.mark.parametrize("opset", [11, 17])
+@pytest.mark.parametrize("case", ATTENTION)
+def test_attention_of_onnxruntime_is_taken_apart(case: str, opset: int) -> None:
+    assert ops(same(attention(*ATTENTION[case], opset))) == ["MatMul", "Split", "MultiHeadAttention"]
+
+
+def test_masked_keys_stay_masked_when_attention_is_taken_apart() -> None:
+    source = attention(*ATTENTION["keys"])
+    batch = {"x": normal(2, 5, 8), "m2": np.int32([[1, 1, 1, 0, 0], [0, 0, 0, 0, 0]])}
+    np.testing.assert_allclose(run(prepared(source), batch)[0], run(source, batch)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_attention_that_is_not_taken_apart_says_why() -> None:
+    body = """g (float[2,5,8] x, int32[n] mask, float[2,2,2,P,4] past) => (float[2,5,8] y, float[2,5,8] z) {
+        y = com.microsoft.Attention<num_heads=2>(x, w, b, mask)
+        z, present = com.microsoft.Attention<num_heads=2>(x, w, b, , past)
+    }"""
+    source = model(body, ir=8, domains='"com.microsoft" : 1', w=normal(8, 24), b=normal(24))
+    found = quantize(source, calibration=Calibration(tensors={}))
+    assert ops(found.proto) == ["Attention", "Attention"]
+    assert "taken apart" in found.reason("Attention_0")
+    assert "taken apart" in found.reason("Attention_1")

@@ -24,6 +24,8 @@ from ..recipe import Recipe
 from ..targets import TARGETS, Target
 from .prepare import infer_types
 
+_UNKNOWN = "is not among the statistics"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Given:
@@ -116,7 +118,7 @@ def with_floats(graph: gs.Graph, plan: Plan, recipe: Recipe, calibration: Calibr
     return dataclasses.replace(plan, decisions=tuple(decisions))
 
 
-def float_notes(recipe: Recipe, calibration: Calibration | None, given: Given) -> list[str]:
+def float_notes(plan: Plan, recipe: Recipe, calibration: Calibration | None, given: Given) -> list[str]:
     """Return what a user should be told about the float types of the result."""
     target = TARGETS.get(recipe.target)
     kinds = {recipe.float_type} if recipe.float_type else set(given.nodes.values())
@@ -127,6 +129,12 @@ def float_notes(recipe: Recipe, calibration: Calibration | None, given: Given) -
     ]
     if "float16" in kinds and calibration is None and recipe.float_type is not None:
         notes.append("no statistics were given: whether activations exceed float16 (65504) was not looked up")
+    unknown = sum(_UNKNOWN in d.reason for d in plan.decisions)
+    if unknown:
+        notes.append(
+            f"{unknown} nodes stay in float32, for the statistics lack ranges of theirs: give the data itself, or "
+            "collect with qpipe calibrate --tensors all"
+        )
     return notes
 
 
@@ -167,7 +175,7 @@ class _Judge:
         if self.calibration is None:
             return ""
         if tensor.name not in self.calibration.tensors:
-            return f"float32: the range of {tensor.name!r} is not among the statistics"
+            return f"float32: the range of {tensor.name!r} {_UNKNOWN}"
         extrema = self.calibration.tensors[tensor.name].histogram.extrema
         if extrema.sentinel or extrema.nonfinite:
             return f"float32: {tensor.name!r} holds mask values that float16 cannot"

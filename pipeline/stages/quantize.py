@@ -221,7 +221,7 @@ def quantize_model(
         equalized=tuple(equalized),
         corrected=corrected,
         notes=(
-            *float_notes(recipe, calibration, given),
+            *float_notes(plan, recipe, calibration, given),
             *bench.notes,
             *_order_notes(recipe, in_order=in_order),
             *opset_note(lowered, plan.target),

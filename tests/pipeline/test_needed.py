@@ -18,6 +18,7 @@ from qpipe.pipeline.stages.decide import decide, wanted_tensors
 from qpipe.pipeline.stages.needed import needed_tensors
 from qpipe.pipeline.stages.prepare import prepare
 from qpipe.pipeline.targets import TARGETS
+from qpipe.pipeline.workflow import Job
 from quantizing import model, normal
 from random_graphs import models
 
@@ -102,3 +103,14 @@ def test_a_relu_goes_along_with_the_products_that_are_included() -> None:
     known = Calibration(tensors=dict.fromkeys(needed_tensors(inner), TensorStats(histogram=Histogram.of(normal(50)))))
     plan = decide(inner, make_recipe(include=["op:Conv"]), known)
     assert {d.site.tensor for d in plan.quantized() if d.site.role == "output"} == {"b", "c"}
+
+
+def test_float16_from_statistics_of_other_tensors_says_what_is_missing(tmp_path: Path) -> None:
+    onnx.save(feed_forward(), tmp_path / "m.onnx")
+    job = Job.open(tmp_path / "m.onnx")
+    known = job.collect([{"x": normal(4, 8)}])
+    done = job.quantize(make_recipe(scheme="fp16", target="portable"), known)
+    assert any("--tensors all" in note for note in done.notes)
+    job = Job.open(tmp_path / "m.onnx")
+    known = job.collect([{"x": normal(4, 8)}], tensors=job.wanted())
+    assert not job.quantize(make_recipe(scheme="fp16", target="portable"), known).notes

@@ -84,9 +84,22 @@ add_each(
     domain=MICROSOFT,
 )
 add_each(
-    ("EmbedLayerNormalization", "GroupNorm", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"),
+    ("GroupNorm", "SkipLayerNormalization", "SkipSimplifiedLayerNormalization"),
     "float",
     _NORMALIZATION,
     domain=MICROSOFT,
 )
 add_each(("BiasGelu", "FastGelu", "Gelu", "QuickGelu"), "float", _SMOOTH, domain=MICROSOFT)
+add_each(
+    ("EmbedLayerNormalization",),
+    "float",
+    "holds tables of embeddings and normalizes what it finds; a model exported without it can have them as codes "
+    "(weights.embeddings=true)",
+    domain=MICROSOFT,
+)
+add_each(
+    ("PackedAttention", "LongformerAttention", "DecoderMaskedSelfAttention", "DecoderAttention"),
+    "float",
+    "holds weights inside a fused attention; a model exported without it can have them as codes",
+    domain=MICROSOFT,
+)

@@ -306,3 +306,9 @@ def test_onnxruntime_runs_it_on_codes(case: Case, tmp_path: Path) -> None:
     assert ops.count("QuantizeLinear") <= (2 if case.name in ("Clip", "Where", "Relu behind Concat") else 1)
     for batch in random_batches(source, 1):
         run(found.proto, batch, exact=False)
+
+
+def test_tables_inside_a_fused_operator_stay_and_say_so() -> None:
+    source, calibration = calibrated("EmbedLayerNormalization")
+    found = quantize(source, calibration=calibration, weights={"embeddings": True})
+    assert "tables of embeddings" in found.reason("EmbedLayerNormalization_0")

@@ -1,7 +1,8 @@
 """Quantized arrays, and the only place in qpipe that rounds.
 
 ``real = scale * (q - zero_point)``; ``q = saturate(round_half_even(real / scale) + zero_point)``, in that order:
-ONNX adds the zero point *after* rounding, and rounding after adding gives other codes at ties.
+ONNX adds the zero point *after* rounding, and rounding after adding gives other codes at ties. A zero point that is no
+code (`Spec.float_zero`) is added before: ``q = saturate(round_half_even(real / scale + zero_point))``.
 
 Non-finite values must not reach a quantizer. If one does: infinities saturate; NaN becomes the lowest code of an
 integer format (as in ONNX Runtime) and stays NaN in a float format that has one.
@@ -46,9 +47,12 @@ class Spec:
         pair_limit: Largest sum of two neighbouring codes of one sign along the summed axis of a weight, 0 for no limit.
             It keeps kernels exact that add two u8*s8 products in 16 bits, at less loss than ``reduce_bits``; the weight
             methods see to it, see `calibrate.weights.pairs`.
+        float_zero: Zero points are real numbers (float32), not codes, for operators that subtract them as floats. Real
+            0 then has no code of its own.
 
     Raises:
-        ValueError: The block size is not the one that the format prescribes, or fewer than 2 bits are left.
+        ValueError: The block size is not the one that the format prescribes, fewer than 2 bits are left, or codes that
+            have no zero points want real ones.
     """
 
     format: Format
@@ -57,6 +61,7 @@ class Spec:
     narrow_range: bool = False
     reduce_bits: int = 0
     pair_limit: int = 0
+    float_zero: bool = False
 
     def __post_init__(self) -> None:
         wanted, given = self.format.block_size, self.granularity.block_size
@@ -64,6 +69,8 @@ class Spec:
             raise ValueError(f"{self.format.name} has blocks of {wanted}, not {given or 'none'}")
         if self.format.is_integer and self.format.bits - self.reduce_bits < 2:
             raise ValueError(f"{self.format.name} less {self.reduce_bits} bits leaves fewer than 2")
+        if self.float_zero and (self.symmetric or not self.format.is_integer):
+            raise ValueError("only asymmetric integers have zero points that can be real numbers")
 
     @property
     def qmin(self) -> float:
@@ -89,6 +96,11 @@ class Spec:
         if not self.format.is_integer or self.format.is_signed:
             return 0
         return int(2 ** (self.format.bits - 1))
+
+    @property
+    def zero_dtype(self) -> npt.DTypeLike:
+        """Type of zero points: that of the codes, or float32."""
+        return np.float32 if self.float_zero else self.format.dtype
 
     @property
     def span(self) -> float:
@@ -136,7 +148,7 @@ class QParams:
 
     Attributes:
         scale: float32 [scale_shape], finite, normal, > 0.
-        zero_point: Codes [scale_shape] of the format's dtype, None when it is 0 everywhere on a signed format.
+        zero_point: [scale_shape] of the spec's `zero_dtype`, None when it is 0 everywhere on a signed format.
         spec: The spec that they belong to.
         scale_codes: The scale as it is stored, when the format has scales of 8 or 16 bits: ``dequantize`` of it is
             `scale`, bit for bit. None when the scale is stored as float32.
@@ -168,7 +180,8 @@ def params_from_range(rng: Range, spec: Spec) -> QParams:
         spec: Format and symmetry.
 
     Returns:
-        Parameters with ``scale`` [scale_shape] and a zero point such that real 0 has a code of its own.
+        Parameters with ``scale`` [scale_shape] and a zero point such that real 0 has a code of its own, or that is a
+        real number.
 
     Source: for blocks with power-of-two scales, OCP Microscaling Formats 1.0, section 6.3.
     """
@@ -181,8 +194,9 @@ def params_from_range(rng: Range, spec: Spec) -> QParams:
             return params
         return replace(params, zero_point=np.full(lo.shape, spec.middle, spec.format.dtype))
     params = params_from_scale((hi - lo) / (spec.qmax - spec.qmin), spec)
-    zero = np.clip(np.rint(spec.qmin - lo / params.scale.astype(np.float64)), spec.qmin, spec.qmax)
-    return replace(params, zero_point=np.asarray(zero).astype(spec.format.dtype))
+    zero = spec.qmin - lo / params.scale.astype(np.float64)
+    zero = np.clip(zero if spec.float_zero else np.rint(zero), spec.qmin, spec.qmax)
+    return replace(params, zero_point=np.asarray(zero).astype(spec.zero_dtype))
 
 
 def params_from_scale(scale: npt.ArrayLike, spec: Spec, zero_point: Array | None = None) -> QParams:
@@ -243,6 +257,8 @@ def minmax_range(x: Array, granularity: Granularity) -> Range:
 def quantize(x: Array, params: QParams) -> QArray:
     """Quantize ``x [shape]`` as ONNX QuantizeLinear does: divide, round half to even, add, saturate.
 
+    A zero point that is a real number is added before rounding.
+
     A cast format is cast to without saturating, as Cast does; a codebook format takes the nearest value of its book
     (the lower one when two are equally near).
     """
@@ -254,9 +270,13 @@ def quantize(x: Array, params: QParams) -> QArray:
         if not spec.format.is_integer:
             inside = np.clip(scaled, spec.qmin, spec.qmax) if spec.format.scale_levels else scaled
             return QArray(q=np.asarray(inside).astype(spec.format.dtype), params=params)
-    codes = np.rint(scaled, out=scaled)
-    if params.zero_point is not None:
-        codes += spec.granularity.spread(params.zero_point.astype(np.float32), codes.shape)
+    if params.zero_point is None:
+        codes = np.rint(scaled, out=scaled)
+    else:
+        zero = spec.granularity.spread(params.zero_point.astype(np.float32), scaled.shape)
+        codes = np.rint(scaled + zero if spec.float_zero else scaled, out=scaled)
+        if not spec.float_zero:
+            codes += zero
     np.fmax(codes, np.float32(spec.qmin), out=codes)  # fmax, not maximum: NaN becomes the lowest code
     np.minimum(codes, np.float32(spec.qmax), out=codes)
     return QArray(q=_cast(codes, spec.format), params=params)

@@ -129,6 +129,8 @@ def spec_text(spec: Spec) -> str:
     else:
         where = f"per channel (axis {granularity.axis})"
     text = f"{spec.format.name} {where}, {'symmetric' if spec.symmetric else 'asymmetric'}"
+    if spec.float_zero:
+        text += ", float zero points"
     if spec.reduce_bits:
         text += f", {spec.format.bits - spec.reduce_bits} bits"
     return f"{text}, pairs up to {spec.pair_limit}" if spec.pair_limit else text

@@ -81,6 +81,8 @@ class WeightOptions(_Part):
         embeddings: Store the tables of Gather too, with one scale per row.
         accuracy_level: What MatMulNBits rounds activations to: 1 leaves them float32, 4 takes int8; None lets the
             target choose.
+        float_zero_points: Zero points of packed blocks of 4 bits (MatMulNBits) stay real numbers: less error, a larger
+            file, and on CPUs a kernel that is many times slower with few rows. Elsewhere they are codes as ever.
     """
 
     format: str = "int8"
@@ -93,12 +95,19 @@ class WeightOptions(_Part):
     sequential: bool = True
     embeddings: bool = False
     accuracy_level: Literal[0, 1, 2, 3, 4] | None = None
+    float_zero_points: bool = False
 
     @property
     def method(self) -> str:
         """Weight algorithm that picks the codes; one scale for the whole model leaves nothing to pick."""
         algorithm = ALGORITHMS[False] if self.algorithm == AUTO else self.algorithm
         return algorithm or ("fixed" if self.granularity == "model" else "rtn")
+
+    @model_validator(mode="after")
+    def _has_zero_points(self) -> WeightOptions:
+        if self.float_zero_points and self.symmetric:
+            raise ValueError("float_zero_points: symmetric codes have none, leave symmetric out")
+        return self
 
     @field_validator("format")
     @classmethod

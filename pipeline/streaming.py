@@ -54,7 +54,7 @@ def in_strips(weight: Weight, spec: Spec, layout: Layout, quantizer: Quantizer, 
         return region, quantizer(values, spec, dataclasses.replace(layout, shape=values.shape))
 
     shape = spec.granularity.scale_shape(weight.shape)
-    scale, zero = np.empty(shape, np.float32), np.empty(shape, spec.format.dtype)
+    scale, zero = np.empty(shape, np.float32), np.empty(shape, spec.zero_dtype)
     has_zero = False
     for region, part in in_order(partial(job, start) for start in range(0, count, step)):
         place = scale_region(region, spec.granularity, rank)

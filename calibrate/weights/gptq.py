@@ -79,7 +79,7 @@ class Gptq:
         if late:
             scale, zeros = (np.concatenate(each) for each in zip(*late, strict=True))
             params = params_from_scale(
-                scale, spec, None if params.zero_point is None else zeros.astype(spec.format.dtype)
+                scale, spec, None if params.zero_point is None else zeros.astype(spec.zero_dtype)
             )
         return quantize(values, params)
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from ..qarray import QArray, QParams, Spec, dequantize, params_from_range, params_from_scale, quantize
+from ..qarray import SMALLEST_SCALE, QArray, QParams, Spec, dequantize, params_from_range, params_from_scale, quantize
 from . import WEIGHT_METHODS, WeightStats
 from .groups import chunks, from_groups, row_spec, to_groups
 from .pairs import pair_safe
@@ -29,9 +29,10 @@ class Hqq:
     proximal step of the l_p "norm", p < 1: large errors stay in v, small ones vanish), and the rest, for which s and
     z are a least-squares fit of ``w - v`` on the codes. The two steps alternate while the penalty beta grows.
 
-    Departures from the paper, which keeps s and moves a real-valued z: ONNX zero points are codes, and from round to
-    round z would move by less than half a code, hence never. So s is fitted, once for each of the zero points next to
-    the first one; with a symmetric spec there is but one. Errors are measured in steps, so that beta means the same for
+    Departures from the paper, which keeps s and moves a real-valued z: both are fitted where zero points are real
+    numbers (`Spec.float_zero`). Where they are codes, z would move by less than half a code from round to round, hence
+    never: so s is fitted, once for each of the zero points next to the first one; with a symmetric spec there is but
+    one. Errors are measured in steps, so that beta means the same for
     every weight. The iteration is local, hence it starts from the clip search and keeps, per scale, the round with the
     smallest squared error.
 
@@ -65,7 +66,7 @@ class Hqq:
         zero_point = start.zero_point
         if zero_point is not None:
             rows = np.concatenate([np.asarray(params.zero_point) for params in found])
-            zero_point = from_groups(rows, granularity, shape).astype(spec.format.dtype)
+            zero_point = from_groups(rows, granularity, shape).astype(spec.zero_dtype)
         return quantize(w, params_from_scale(scale, spec, zero_point))
 
     def _fit(self, x: F32, spec: Spec) -> QParams:
@@ -81,13 +82,13 @@ class Hqq:
                 best = _choose(cost < least, params, best)
                 least = np.minimum(cost, least)
                 outliers = unit * shrink(error / unit, self.beta * self.growth**i, self.p)
-                params = _fit_scale(x - outliers, codes)
+                params = (_fit_line if spec.float_zero else _fit_scale)(x - outliers, codes)
         return best
 
 
 def _zero_points(start: QParams) -> list[QParams]:
-    """Return ``start`` and, where the zero point is free, the same with its neighbours."""
-    if start.zero_point is None or start.spec.symmetric:
+    """Return ``start`` and, where the zero point is a code and free, the same with its neighbours."""
+    if start.zero_point is None or start.spec.symmetric or start.spec.float_zero:
         return [start]
     low, high = start.spec.qmin, start.spec.qmax
     moved = [np.clip(start.zero_point + np.float32(shift), low, high).astype(np.float32) for shift in (0, -1, 1)]
@@ -111,6 +112,21 @@ def _fit_scale(target: F32, codes: QArray) -> QParams:
     power = np.einsum("ge,ge->g", levels, levels)[:, None]
     slope = np.einsum("ge,ge->g", levels, target)[:, None] / np.where(power > 0, power, 1)
     return params_from_scale(np.where(slope > 0, slope, params.scale), params.spec, params.zero_point)
+
+
+def _fit_line(target: F32, codes: QArray) -> QParams:
+    """Return the parameters of ``codes`` with the least-squares fit of ``target`` [g, e] by ``s (q - z)``, s and z.
+
+    Where s comes out as no positive number, both stay as they were.
+    """
+    params, levels = codes.params, codes.q.astype(np.float32)
+    middle, mean = levels.mean(axis=1, keepdims=True), target.mean(axis=1, keepdims=True)
+    levels = levels - middle
+    power = np.einsum("ge,ge->g", levels, levels)[:, None]
+    slope = np.einsum("ge,ge->g", levels, target)[:, None] / np.where(power > 0, power, 1)
+    fits = slope >= SMALLEST_SCALE
+    zero_point = np.where(fits, middle - mean / np.where(fits, slope, 1), np.asarray(params.zero_point))
+    return params_from_scale(np.where(fits, slope, params.scale), params.spec, zero_point.astype(np.float32))
 
 
 def _choose(better: npt.NDArray[np.bool_], ours: QParams, theirs: QParams) -> QParams:

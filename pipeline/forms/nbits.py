@@ -1,7 +1,7 @@
 """``com.microsoft.MatMulNBits``: integers of 4 or 8 bits in blocks along the input, multiplied by float activations.
 
 The operator stores unsigned codes; signed ones are shifted by half of their range, which is the zero point that it
-assumes when none is given.
+assumes when none is given. Zero points are codes too, or real numbers, which fewer kernels take.
 
 Letters: ``N`` outputs, ``K`` inputs, ``B`` block size, ``n`` blocks per output, the last one filled up.
 Source: ONNX Runtime, contrib operator MatMulNBits.
@@ -33,7 +33,7 @@ def insert_nbits(bench: Workbench, node: gs.Node, decisions: list[Decision]) -> 
         f"Q{bits}": (pack_blocks(_unsigned(weight.codes, weight.spec), bits, size), "UINT8"),
     }
     if weight.zero is not None and not weight.spec.symmetric:
-        arrays["zero_points"] = (pack_rows(_unsigned(weight.zero, weight.spec), bits), "UINT8")
+        arrays["zero_points"] = _zero_points(weight.zero, weight.spec)
     made = {
         what: bench.shared_constant(("nbits", what, *weight.key), f"{weight.name}_{what}", array, onnx_type)
         for what, (array, onnx_type) in arrays.items()
@@ -42,6 +42,13 @@ def insert_nbits(bench: Workbench, node: gs.Node, decisions: list[Decision]) -> 
     outputs, depth = weight.codes.shape
     attrs = {"K": depth, "N": outputs, "bits": bits, "block_size": size, "accuracy_level": bench.accuracy_level}
     replace_product(bench, node, "MatMulNBits", inputs, attrs)
+
+
+def _zero_points(zero: Array, spec: Spec) -> tuple[Array, str]:
+    """Return zero points [N, n] as the operator takes them, packed or of the activations' type, and their ONNX type."""
+    if spec.float_zero:
+        return zero - np.float32(spec.format.qmin), "FLOAT"
+    return pack_rows(_unsigned(zero, spec), spec.format.bits), "UINT8"
 
 
 def _unsigned(codes: Array, spec: Spec) -> Array:

@@ -44,6 +44,13 @@ def adapt(recipe: Recipe, target: Target) -> Recipe:
             expected="symmetric codes",
             do="leave symmetric out, or choose another --target",
         )
+    if weights is not None and weights.float_zero_points and not target.float_zero_bits:
+        raise RecipeError(
+            f"the target {target.name} has no MatMulNBits that takes zero points which are no codes",
+            found="float_zero_points: true",
+            expected="zero points that are codes",
+            do="leave float_zero_points out, or choose --target ort-cpu or ort-cuda",
+        )
     if activations is not None and activations.dynamic and recipe.form in (None, "dynamic"):
         _require_dynamic(activations.format, activations.symmetric)
     if refused_activations(recipe, target):

@@ -108,6 +108,8 @@ class Context:
         spec = recipe.weights.spec(rule.out_axis(node, rank), block_axis, pair_limit, has_zero_points=zero_points)
         if self.opset < PER_CHANNEL_OPSET and not spec.granularity.block_size:
             spec = dataclasses.replace(spec, granularity=PER_TENSOR)
+        if recipe.weights.float_zero_points and self.form_for(node) == "nbits" and not spec.symmetric:
+            spec = dataclasses.replace(spec, float_zero=spec.format.bits in self.target.float_zero_bits)
         return _with_scale_type(spec, dtype_name(weight.constant))
 
     def absorbs(self, node: gs.Node, follower: gs.Node) -> bool:

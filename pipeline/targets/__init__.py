@@ -35,6 +35,7 @@ class Target:
         weight_formats: Formats of weights that run; empty for all.
         scale_formats: Formats of 8 bits that scales of blocks may have in the file; others are written as float32.
         accuracy_level: What MatMulNBits computes with unless the recipe says so: 4 rounds activations to int8.
+        float_zero_bits: Bits of the codes of which MatMulNBits takes zero points that are real numbers.
         float_types: Types that the float remainder may have.
         half_scales: Whether Q/DQ with float16 or bfloat16 scales become integer kernels; if not, operators between them
             stay in float32.
@@ -65,6 +66,7 @@ class Target:
     weight_formats: frozenset[str] = frozenset()
     scale_formats: frozenset[str] = frozenset()
     accuracy_level: int = 0
+    float_zero_bits: frozenset[int] = frozenset()
     float_types: frozenset[str] = frozenset({"float32", "float16", "bfloat16"})
     half_scales: bool = True
     float32_ops: frozenset[str] = frozenset()

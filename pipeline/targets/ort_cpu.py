@@ -51,6 +51,7 @@ def _add(name: str, summary: str, pair_limit: int) -> None:
             },
             emulated={"int16": _WIDE, "uint16": _WIDE},
             accuracy_level=4,
+            float_zero_bits=frozenset({4}),
             float_types=frozenset({"float32", "float16"}),
             half_scales=False,
             # Without a float16 kernel these are taken apart into several operators each, twice the time of float32.
@@ -62,6 +63,8 @@ def _add(name: str, summary: str, pair_limit: int) -> None:
             notes=(
                 "float16 saves memory there, not time: most operators are computed in float32 between casts",
                 "attention stays as exported: MultiHeadAttention is no faster, Attention slower with masked keys",
+                "MatMulNBits unpacks weights with float zero points on every run: half the speed with many rows, a "
+                "hundredth with one",
                 "ConvInteger takes as long as a float Conv or longer, so dynamic schemes leave Conv in float",
             ),
         ),

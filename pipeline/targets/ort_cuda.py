@@ -19,6 +19,7 @@ TARGETS.add(
             "bnb4": MATRIX_PRODUCTS,
             "outlier": MATRIX_PRODUCTS,
         },
+        float_zero_bits=frozenset({4}),
         half_scales=True,
         evidence="ort-cuda",
         source="microsoft/onnxruntime issues 12229, 24807, 15260 and pull request 21846; not run here",

@@ -6,12 +6,12 @@ All rows: blocks of 32, zero points unless ``--symmetric``, activations in float
 same 25 products. ONNX Runtime's quantizer does not look through the Transpose of the tied embedding, so every tool gets
 a file in which that is folded. Measured in exact semantics:
 
-*held out*: increase of the perplexity of held-out text. The model is not at a minimum of that text's loss, so a part
-of it, of either sign, is chance.
-*trained on*: the same for text that the model was trained on, outside the calibration windows. There the loss is near
-its minimum, and chance plays a smaller part.
-*KL*: mean divergence of the next token's distribution from the float model's, times 1000, on held-out text; never
-negative, hence the number that orders algorithms.
+*held out*: increase of the perplexity of text that the model never saw: the held-out help topics, and docstrings of
+packages of the standard library, 400 windows of 128 tokens.
+*KL*: mean divergence of the next token's distribution from the float model's, times 1000, on the same text; never
+negative, and hardly touched by chance.
+*beside*: the row that this one is compared with, and the difference of both figures from that row's. ``±`` is the
+standard error over windows, of the difference window by window: what the choice of text leaves open.
 
 Needs torch.
 """
@@ -25,10 +25,12 @@ import json
 import logging
 import math
 import os
+import sysconfig
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ import numpy as np
 import onnx
 from qpipe.models import Batch, get
 from qpipe.models.comparison import Subject, run, size_on_disk
-from qpipe.models.tiny_gpt.corpus import split_topics, windows
+from qpipe.models.tiny_gpt.corpus import docstrings, split_topics, windows
 from qpipe.models.tiny_gpt.network import CONTEXT
 from qpipe.pipeline.recipe import make_recipe
 from qpipe.pipeline.workflow import quantize_file
@@ -103,6 +105,7 @@ CONFIGS: dict[str, Maker] = {
     "qpipe rtn": qpipe("rtn"),
     "qpipe rtn_mse": qpipe("rtn_mse"),
     "qpipe hqq": qpipe("hqq"),
+    "qpipe hqq, float zero points": qpipe("hqq", float_zero_points=True),
     "qpipe awq": qpipe("awq_clip", "awq"),
     "qpipe gptq, float inputs": qpipe("gptq", sequential=False),
     "qpipe gptq": qpipe("gptq"),
@@ -112,6 +115,23 @@ CONFIGS: dict[str, Maker] = {
     "ONNX Runtime GPTQ": onnxruntime("gptq"),
     "ONNX Runtime GPTQ, act-order, mse": onnxruntime("gptq actorder mse"),
 }
+
+BESIDE = {
+    "qpipe hqq": "qpipe rtn",
+    "qpipe hqq, float zero points": "qpipe hqq",
+    "qpipe awq": "qpipe hqq, float zero points",
+    "qpipe gptq": "qpipe awq",
+    "ONNX Runtime RTN": "qpipe rtn",
+    "ONNX Runtime HQQ": "qpipe hqq, float zero points",
+    "ONNX Runtime GPTQ": "qpipe gptq",
+    "ONNX Runtime GPTQ, act-order, mse": "qpipe gptq",
+}
+"""Each row and the one that it is compared with."""
+PACKAGES = (
+    *("asyncio", "collections", "concurrent", "ctypes", "curses", "dbm", "email", "html", "http", "importlib", "json"),
+    *("logging", "multiprocessing", "re", "sqlite3", "unittest", "urllib", "wsgiref", "xml", "zoneinfo"),
+)
+"""Packages of the standard library, of which the model read nothing: it learned from modules beside them."""
 
 
 def fold_transposes(source: Path, target: Path) -> None:
@@ -126,18 +146,43 @@ def fold_transposes(source: Path, target: Path) -> None:
     onnx.save(model, target)
 
 
-def trained_batches(count: int = 80) -> Iterator[np.ndarray]:
-    """Yield token windows [8, 129] of text that the model was trained on, none of them for calibration."""
-    used = {tuple(row) for row in windows(split_topics()[0], CONTEXT, 32)}
-    every = [row for row in windows(split_topics()[0], CONTEXT, 10**6)[5::11] if tuple(row) not in used][:count]
-    for start in range(0, len(every), 8):
-        yield np.stack(every[start : start + 8])
+def held_out_tokens(count: int = 400) -> np.ndarray:
+    """Return windows [count, 129] of text that the model was not trained on: it read no package's docstrings."""
+    topics = windows(split_topics()[1], CONTEXT)
+    folder = Path(sysconfig.get_path("stdlib"))
+    files = [path for name in PACKAGES for path in sorted((folder / name).rglob("*.py"))]
+    text = "\n\n".join(docstrings(path.read_text("utf-8")) for path in files)
+    return np.concatenate([topics, windows(text, CONTEXT, count - len(topics))])
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Return the logarithm of the probabilities, float64."""
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     return np.asarray(shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """What a model makes of each window.
+
+    Attributes:
+        loss: Mean cross-entropy of the next token, [windows].
+        divergence: Mean divergence from the float model's distribution, [windows].
+    """
+
+    loss: np.ndarray
+    divergence: np.ndarray
+
+    def above(self, other: Scores) -> dict[str, float]:
+        """Return by how much the figures are higher than another model's, with standard errors."""
+        loss, divergence = self.loss - other.loss, self.divergence - other.divergence
+        root = math.sqrt(len(loss))
+        return {
+            "held_out_percent": 100 * math.expm1(loss.mean()),
+            "held_out_error": 100 * float(loss.std(ddof=1)) / root,
+            "kl_thousandths": 1000 * float(divergence.mean()),
+            "kl_error": 1000 * float(divergence.std(ddof=1)) / root,
+        }
 
 
 class Judge:
@@ -148,36 +193,24 @@ class Judge:
     """
 
     def __init__(self, path: Path) -> None:
-        self._reference = get("tiny_gpt")
-        self._float = [log_softmax(logits) for logits in self._held_out(path)]
-        self._base = self._perplexities(path, self._float)
+        self._batches = np.array_split(held_out_tokens(), 50)
+        self._reference = [log_softmax(logits) for logits in self._logits(path)]
+        self.float = self._scores(self._reference)
 
-    def _held_out(self, path: Path) -> list[np.ndarray]:
-        return [batch["logits"] for batch in run(path, self._reference.evaluation_batches(), exact=True)]
+    def _logits(self, path: Path) -> Iterator[np.ndarray]:
+        feeds = ({"input_ids": np.ascontiguousarray(part[:, :-1])} for part in self._batches)
+        return (batch["logits"] for batch in run(path, feeds, exact=True))
 
-    def _perplexities(self, path: Path, held_out: list[np.ndarray]) -> tuple[float, float]:
-        # Logarithms of probabilities are logits of the same distribution.
-        own = self._reference.score([{"logits": part} for part in held_out])["perplexity"]
-        losses = []
-        tokens = list(trained_batches())
-        feeds = ({"input_ids": np.ascontiguousarray(part[:, :-1])} for part in tokens)
-        for part, batch in zip(tokens, run(path, feeds, exact=True), strict=True):
-            losses.append(-np.take_along_axis(log_softmax(batch["logits"]), part[:, 1:, None], axis=-1).ravel())
-        return own, math.exp(np.concatenate(losses).mean())
+    def _scores(self, found: Iterable[np.ndarray]) -> Scores:
+        losses, divergences = [], []
+        for tokens, p, q in zip(self._batches, self._reference, found, strict=True):
+            losses.append(-np.take_along_axis(q, tokens[:, 1:, None], axis=-1).mean(axis=(1, 2)))
+            divergences.append((np.exp(p) * (p - q)).sum(axis=-1).mean(axis=1))
+        return Scores(loss=np.concatenate(losses), divergence=np.concatenate(divergences))
 
-    def row(self, path: Path) -> dict[str, float]:
-        """Return what a model loses."""
-        found = [log_softmax(logits) for logits in self._held_out(path)]
-        pairs = zip(self._float, found, strict=True)
-        divergence = np.concatenate([(np.exp(p) * (p - q)).sum(axis=-1).ravel() for p, q in pairs])
-        held_out, trained = self._perplexities(path, found)
-        return {
-            "perplexity": held_out,
-            "held_out_percent": 100 * (held_out / self._base[0] - 1),
-            "trained_percent": 100 * (trained / self._base[1] - 1),
-            "kl_thousandths": 1000 * float(divergence.mean()),
-            "megabytes": size_on_disk(path) / 1e6,
-        }
+    def scores(self, path: Path) -> Scores:
+        """Return what a model makes of each window."""
+        return self._scores(map(log_softmax, self._logits(path)))
 
 
 def measure(folder: Path, only: list[str] | None = None, *, symmetric: bool = False) -> dict[str, dict[str, Any]]:
@@ -191,9 +224,10 @@ def measure(folder: Path, only: list[str] | None = None, *, symmetric: bool = Fa
     plain = folder / "tiny_gpt.folded.onnx"
     fold_transposes(Subject.export("tiny_gpt", folder).float_path, plain)
     judge = Judge(plain)
-    rows: dict[str, dict[str, Any]] = {"float": judge.row(plain)}
+    rows: dict[str, dict[str, Any]] = {"float": _row(plain, judge.float, judge.float)}
+    known: dict[str, Scores] = {}
     for name, make in CONFIGS.items():
-        if only and not any(text in name for text in only):
+        if (only and not any(text in name for text in only)) or (symmetric and "zero points" in name):
             continue
         path, start = folder / f"{name.replace(' ', '-')}.onnx", time.process_time()
         path.unlink(missing_ok=True)
@@ -203,8 +237,18 @@ def measure(folder: Path, only: list[str] | None = None, *, symmetric: bool = Fa
         except Exception as error:  # noqa: BLE001 - a peer's failure is a result, whatever it raises
             rows[name] = {"error": f"{type(error).__name__}: {error}".splitlines()[0]}
             continue
-        rows[name] = {**judge.row(path), "cpu_seconds": time.process_time() - start}
+        seconds = time.process_time() - start
+        known[name] = judge.scores(path)
+        rows[name] = {**_row(path, known[name], judge.float), "cpu_seconds": seconds}
+    for name, other in BESIDE.items():
+        if name in known and other in known:
+            rows[name]["beside"] = {"row": other, **known[name].above(known[other])}
     return rows
+
+
+def _row(path: Path, scores: Scores, reference: Scores) -> dict[str, Any]:
+    perplexity = math.exp(scores.loss.mean())
+    return {"perplexity": perplexity, **scores.above(reference), "megabytes": size_on_disk(path) / 1e6}
 
 
 @contextlib.contextmanager
@@ -219,16 +263,19 @@ def _silence() -> Iterator[None]:
 
 def show(rows: dict[str, dict[str, Any]]) -> None:
     """Print the table."""
-    print(f"{'':<36}{'perplexity':>11}{'held out':>10}{'trained on':>12}{'KL':>8}{'MB':>7}{'CPU s':>8}")
+    print(f"{'':<34}{'perplexity':>10}{'held out %':>16}{'KL':>15}{'MB':>6}{'CPU s':>7}  beside: held out %, KL")
     for name, row in rows.items():
         if "error" in row:
-            print(f"{name:<36}failed: {row['error']}")
+            print(f"{name:<34}failed: {row['error']}")
             continue
-        seconds = f"{row['cpu_seconds']:8.1f}" if "cpu_seconds" in row else ""
-        print(
-            f"{name:<36}{row['perplexity']:11.3f}{row['held_out_percent']:+9.2f}%{row['trained_percent']:+11.2f}%"
-            f"{row['kl_thousandths']:8.2f}{row['megabytes']:7.2f}{seconds}"
-        )
+        seconds = f"{row['cpu_seconds']:7.1f}" if "cpu_seconds" in row else ""
+        beside = f"  {row['beside']['row']}:{_figures(row['beside'])}" if "beside" in row else ""
+        print(f"{name:<34}{row['perplexity']:10.3f}{_figures(row)}{row['megabytes']:6.2f}{seconds}{beside}")
+
+
+def _figures(found: dict[str, float]) -> str:
+    held_out = f"{found['held_out_percent']:+9.2f} ± {found['held_out_error']:.2f}"
+    return f"{held_out}{found['kl_thousandths']:+8.2f} ± {found['kl_error']:.2f}"
 
 
 def main() -> None:

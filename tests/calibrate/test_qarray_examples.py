@@ -1,5 +1,7 @@
 """The worked examples that define the arithmetic, as exact numbers."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from qpipe.calibrate.formats import FORMATS
@@ -54,6 +56,19 @@ def test_symmetric_int4():
     params = params_from_range(minmax_range(W, PER_TENSOR), spec("int4", narrow_range=True))
     assert params.scale == np.float32(0.5)
     assert quantize(W, params).q.astype(int).tolist() == [0, 0, 2, 6, 4, -4, -7]
+
+
+def test_a_real_zero_point_is_added_before_rounding():
+    spec = Spec(format=FORMATS.get("uint4"), symmetric=False, float_zero=True)
+    params = params_from_range(Range.of(-1.0, 5.0), spec)
+    assert params.zero_point.dtype == np.float32
+    assert (params.scale, params.zero_point) == (np.float32(0.4), np.float32(2.5))
+    qarray = quantize(np.float32([-1.0, -0.8, 0.0, 0.4, 5.0, 9.0]), params)
+    assert qarray.q.tolist() == [0, 0, 2, 4, 15, 15]  # -0.8 is -2 steps, 0.5 with the zero point: half to even
+    np.testing.assert_allclose(dequantize(qarray), [-1.0, -1.0, -0.2, 0.6, 5.0, 5.0], atol=1e-6)
+    for wrong in ({"symmetric": True}, {"format": FORMATS.get("float8_e4m3fn")}):
+        with pytest.raises(ValueError, match="zero points that can be real"):
+            dataclasses.replace(spec, **wrong)
 
 
 def test_asymmetric_uint4():

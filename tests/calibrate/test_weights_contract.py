@@ -32,7 +32,14 @@ def specs(draw):
     symmetric = draw(st.booleans())
     narrow = draw(st.booleans()) and symmetric and fmt.kind == "int"
     reduce_bits = draw(st.sampled_from([0, 1])) if fmt.is_integer and fmt.bits >= 4 else 0
-    return Spec(format=fmt, granularity=granularity, symmetric=symmetric, narrow_range=narrow, reduce_bits=reduce_bits)
+    return Spec(
+        format=fmt,
+        granularity=granularity,
+        symmetric=symmetric,
+        narrow_range=narrow,
+        reduce_bits=reduce_bits,
+        float_zero=draw(st.booleans()) and not symmetric and fmt.is_integer,
+    )
 
 
 def check(qarray, w, spec):
@@ -54,7 +61,8 @@ def check(qarray, w, spec):
         assert spec.middle == 0
     else:
         assert zero_point.shape == scale.shape
-        assert zero_point.dtype == spec.format.dtype
+        assert zero_point.dtype == spec.zero_dtype
+        assert np.isfinite(zero_point.astype(np.float32)).all()
     if qarray.params.scale_codes is not None:
         assert np.array_equal(dequantize(qarray.params.scale_codes), scale)
 

@@ -1,5 +1,7 @@
 """HQQ: fits the bulk of the weights, needs no data."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from qpipe.calibrate.formats import FORMATS
@@ -40,6 +42,29 @@ def test_a_zero_point_that_can_move_gains_most():
     moved = Hqq()(w, spec).params.zero_point.astype(int) - RtnMse()(w, spec).params.zero_point.astype(int)
     assert set(np.unique(moved)) == {-1, 0, 1}
     assert (ours < searched).mean() > 0.5
+
+
+@pytest.mark.parametrize("fmt", ["uint4", "int4", "uint2"])
+def test_a_zero_point_that_is_no_code_fits_the_weights_better(fmt):
+    w = np.random.default_rng(5).standard_normal((64, 256)).astype(np.float32)
+    codes = Spec(format=FORMATS.get(fmt), granularity=per_block(1, 32), symmetric=False)
+    real = replace(codes, float_zero=True)
+    assert squared_error(Hqq(), w, real).sum() < 0.9 * squared_error(Hqq(), w, codes).sum()
+    assert (squared_error(Hqq(), w, real) <= squared_error(RtnMse(), w, real) * (1 + 1e-5)).all()
+    zero_point = Hqq()(w, real).params.zero_point
+    assert np.abs(zero_point - np.rint(zero_point)).mean() > 0.2  # 0.25 when it falls anywhere
+
+
+def test_values_on_a_shifted_grid_are_found_again():
+    """Codes 0 to 3 at 0.1, 0.35, 0.6 and 0.85 with one outlier among them: only s and z together fit the bulk."""
+    codes = np.random.default_rng(6).integers(0, 4, (32, 64))
+    w = (0.1 + 0.25 * codes).astype(np.float32)
+    w[:, 0] = 1.0
+    spec = Spec(format=FORMATS.get("uint2"), granularity=per_channel(0), symmetric=False, float_zero=True)
+    found = Hqq()(w, spec)
+    np.testing.assert_array_equal(found.q[:, 1:], codes[:, 1:])
+    np.testing.assert_allclose(dequantize(found)[:, 1:], w[:, 1:], atol=0.02)
+    assert squared_error(Hqq(), w, spec).sum() < 0.7 * squared_error(RtnMse(), w, spec).sum()
 
 
 @pytest.mark.parametrize("granularity", [per_channel(0), per_block(1, 32)])

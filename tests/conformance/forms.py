@@ -107,7 +107,7 @@ class Form:
         operator: Name in `OPERATORS`.
         carrier: ``"qdq"``, ``"cast"``, ``"dynamic"``, or the operator of packed weights.
         variant: ``"float32 scales"`` of a microscaling format, ``"float32 output"`` (no Q/DQ behind the operator) or
-            ``"7-bit weights"``; empty for the plain form.
+            ``"7-bit weights"``, or ``"float zero points"`` of packed weights; empty for the plain form.
     """
 
     weight: str
@@ -173,7 +173,9 @@ def all_forms() -> Iterator[Form]:
     for weight in BNB4_QUANT_TYPE:
         yield Form(weight=weight, activation=None, granularity="block", operator="MatMul", carrier="MatMulBnb4")
     for weight in ("uint2", "uint4", "uint8"):
-        yield Form(weight=weight, activation=None, granularity="block", operator="MatMul", carrier="MatMulNBits")
+        shared = {"weight": weight, "activation": None, "granularity": "block", "operator": "MatMul"}
+        for variant in ("", "float zero points") if weight != "uint8" else ("",):
+            yield Form(carrier="MatMulNBits", variant=variant, **shared)
 
 
 def _weight_only() -> Iterator[dict[str, Any]]:
@@ -269,6 +271,7 @@ def quantize_weight(w: Array, operator: Operator, form: Form) -> QArray:
         granularity=granularities[form.granularity],
         symmetric=fmt.kind != "uint",
         reduce_bits=1 if form.variant == "7-bit weights" else 0,
+        float_zero=form.variant == "float zero points",
     )
     return quantize(w, params_from_range(minmax_range(w, spec.granularity), spec))
 
@@ -374,7 +377,10 @@ def _nbits(builder: _Builder) -> None:
     packed = builder.constant("w_packed", pack_low_first(qarray.q.astype(np.uint8), bits).reshape(n, k // BLOCK, -1))
     scale = builder.constant("w_scale", qarray.params.scale)
     assert qarray.params.zero_point is not None
-    zero = builder.constant("w_zero_point", pack_low_first(qarray.params.zero_point.astype(np.uint8), bits))
+    zeros = qarray.params.zero_point
+    if not qarray.params.spec.float_zero:
+        zeros = pack_low_first(zeros.astype(np.uint8), bits)
+    zero = builder.constant("w_zero_point", zeros)
     attributes = {"K": k, "N": n, "bits": bits, "block_size": BLOCK}
     builder.node("MatMulNBits", ["x", packed, scale, zero], "y", domain="com.microsoft", **attributes)
 

@@ -221,8 +221,10 @@ def _matmul_nbits(attributes: Attributes, inputs: Sequence[Any]) -> Array:
     scale = scale.reshape(n, -1)
     if zero is None:  # the middle of the codes
         zero = np.full(scale.shape, 2 ** (bits - 1), fmt.dtype)
-    else:
+    elif zero.dtype == np.uint8:
         zero = _unpack_low_first(zero.reshape(n, -1), bits)[:, : scale.shape[1]].astype(fmt.dtype)
+    else:  # no codes, but real numbers
+        zero = zero.reshape(n, -1).astype(np.float32)
     codes = _unpack_low_first(packed.reshape(n, -1), bits)[:, :k].astype(fmt.dtype)
     return _matmul({}, [x, dequantize(QArray(q=codes, params=QParams(scale=scale, zero_point=zero, spec=spec))).T])
 

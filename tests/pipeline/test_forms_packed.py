@@ -9,8 +9,11 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from qpipe.calibrate.errors import RecipeError
 from qpipe.calibrate.qarray import dequantize
 from qpipe.pipeline.forms.nbits import pack_blocks, pack_rows
+from qpipe.pipeline.plan import spec_text
+from qpipe.pipeline.recipe import make_recipe
 from quantizing import Result, model, normal, quantize, run
 
 Array = np.ndarray[Any, Any]
@@ -51,6 +54,53 @@ def test_nbits_multiplies_by_the_dequantized_weight(
     found = product(w, scheme="w4", weights=weights)
     assert found.ops() == {"MatMulNBits": 1}
     agrees(found, normal(3, depth, seed=seed + 1))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    depth=st.integers(1, 100),
+    size=st.sampled_from([16, 32]),
+    fmt=st.sampled_from(["int4", "uint4"]),
+    algorithm=st.sampled_from(["rtn", "rtn_mse", "hqq"]),
+    level=st.sampled_from([1, 4]),
+)
+def test_nbits_takes_zero_points_that_are_no_codes(depth: int, size: int, fmt: str, algorithm: str, level: int) -> None:
+    weights = {"format": fmt, "granularity": "block", "block_size": size, "symmetric": False, "algorithm": algorithm}
+    w = normal(depth, 7, seed=depth) + np.float32(0.3)
+    found = product(w, scheme="w4", weights={**weights, "accuracy_level": level, "float_zero_points": True})
+    assert found.ops() == {"MatMulNBits": 1}
+    assert found.initializers()["w_zero_points"].dtype == np.float32
+    assert "float zero points" in spec_text(next(d.spec for d in found.sites("MatMul_0") if d.spec))
+    agrees(found, normal(3, depth, seed=depth + 1))
+
+
+def test_float_zero_points_fall_back_to_codes_where_they_must_be() -> None:
+    body = "g (float[1,32,4,4] x) => (float[1,8,4,4] y) { y = Conv(x, w) }"
+    weights = {"algorithm": "hqq", "float_zero_points": True}
+    found = quantize(model(body, w=normal(8, 32, 1, 1)), scheme="w4", target="ort-cpu", weights=weights)
+    wide = product(
+        normal(64, 8), scheme="w4", weights={**weights, "format": "uint8", "symmetric": False, "accuracy_level": 1}
+    )
+    for qarray in (*found.result.weights.values(), *wide.result.weights.values()):
+        assert qarray.params.zero_point is not None
+        assert qarray.params.zero_point.dtype == qarray.params.spec.format.dtype
+    agrees(wide, normal(3, 64, seed=9))
+    for target in ("portable", "openvino"):
+        with pytest.raises(RecipeError, match="takes zero points which are no codes"):
+            quantize(model(body, w=normal(8, 32, 1, 1)), scheme="w4", target=target, weights=weights)
+    with pytest.raises(RecipeError, match="symmetric codes have none"):
+        make_recipe(scheme="w4", weights={"float_zero_points": True, "symmetric": True})
+
+
+def test_float_zero_points_of_a_half_precision_model() -> None:
+    source = model("g (float16[N,64] x) => (float16[N,24] y) { y = MatMul(x, w) }", w=normal(64, 24).astype(np.float16))
+    found = quantize(source, scheme="w4", target="ort-cuda", weights={"algorithm": "hqq", "float_zero_points": True})
+    assert found.ops() == {"MatMulNBits": 1}
+    assert found.initializers()["w_zero_points"].dtype == np.float16
+    x = normal(3, 64, seed=2).astype(np.float16)
+    expected = x.astype(np.float64) @ stored(found)
+    got = run(found.proto, {"x": x})[0]
+    np.testing.assert_allclose(got, expected, atol=4e-3 * np.abs(expected).max())
 
 
 def test_nbits_rounds_activations_as_the_target_or_the_recipe_says() -> None:

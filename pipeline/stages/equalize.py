@@ -31,7 +31,7 @@ from ..layouts import Layout, layout_of
 from ..plan import Decision, Plan
 from ..recipe import AUTO, Recipe
 from .cross_layer import CROSS_LAYER
-from .folding import fold
+from .folding import can_fold, fold
 from .weights import layer_stats
 
 Array = npt.NDArray[Any]
@@ -107,6 +107,7 @@ def equalize(
         return [], calibration
     assert recipe.equalize is not None
     known, done, names = calibration or Calibration(tensors={}), list[Equalized](), FreshNames(graph)
+    kept = _kept(graph, plan)
     added: dict[str, TensorStats] = {}
     for tensor, readers in _readers(graph, plan, every=recipe.equalize != AUTO):
         if recipe.equalize == AUTO and not _own_their_weights(readers):
@@ -115,10 +116,21 @@ def equalize(
         if stats is None:
             continue
         private = len(tensor.outputs) == len(readers) and all(tensor is not output for output in graph.outputs)
-        scale = _scale(readers, stats, recipe.equalize, may_fold=private)
+        folds = private and can_fold(tensor, len(readers[0].layout.columns()), kept)
+        scale = _scale(readers, stats, recipe.equalize, folds=folds)
         if np.allclose(scale, 1.0):
             continue
-        entry, result = _apply(graph, (tensor, readers), scale, names, private=private)
+        old, layers = tensor.name, tuple(reader.node.name for reader in readers)
+        for reader in readers:
+            _multiply(reader, scale, names)
+        result = tensor
+        if folds:
+            fold(tensor, scale, names, kept)
+            tensor.name = names(f"{old}_equalized")
+        else:
+            result = _divide(graph, tensor, readers, scale, names)
+        divider, spread = "" if folds else result.inputs[0].name, float(scale.max() / scale.min())
+        entry = Equalized(tensor=old, layers=layers, spread=spread, folded=folds, divider=divider)
         done.append(entry)
         added[result.name] = _scaled(stats, scale)
     if not done:
@@ -132,6 +144,17 @@ def needs_of(recipe: Recipe) -> frozenset[str]:
     if recipe.equalize in (None, AUTO, CROSS_LAYER):
         return frozenset()
     return EQUALIZERS.resolve(str(recipe.equalize)).needs
+
+
+def _kept(graph: gs.Graph, plan: Plan) -> set[int]:
+    """Return the ``id`` of tensors that must keep their values: outputs, and what products of activations quantize.
+
+    Statistics of the latter are of one tensor as a whole, and do not tell what is left of it once channels are divided.
+    """
+    weighted = set(_by_node(plan, "weight"))
+    products = {d.site.node for d in plan.quantized() if d.op == "MatMul"} - weighted
+    read = [tensor for node in graph.nodes if node.name in products for tensor in node.inputs]
+    return {id(tensor) for tensor in (*graph.outputs, *read)}
 
 
 def _readers(graph: gs.Graph, plan: Plan, *, every: bool) -> list[tuple[gs.Tensor, list[Reader]]]:
@@ -189,36 +212,17 @@ def _stats_of(tensor: gs.Tensor, layout: Layout, name: str, calibration: Calibra
     )
 
 
-def _scale(readers: list[Reader], stats: WeightStats, name: str, *, may_fold: bool) -> Array:
+def _scale(readers: list[Reader], stats: WeightStats, name: str, *, folds: bool) -> Array:
     """Return the channel scale [in] of one tensor, 1 throughout where it does not pay."""
     matrix, first = np.concatenate([reader.matrix() for reader in readers]), readers[0]
     equalizer = EQUALIZERS.resolve(AUTO_EQUALIZER if name == AUTO else name)
     scale = np.asarray(equalizer(matrix, first.spec, stats, first.x_spec), dtype=np.float32)
-    if name != AUTO or may_fold:
+    if name != AUTO or folds:
         return scale
     errors = [
         output_error(matrix * s, first.spec, stats.scaled(s), first.x_spec, Rtn()) for s in (np.ones_like(scale), scale)
     ]
     return scale if errors[1] <= WORTH_A_MUL * errors[0] else np.ones_like(scale)
-
-
-def _apply(
-    graph: gs.Graph, place: tuple[gs.Tensor, list[Reader]], scale: Array, names: FreshNames, *, private: bool
-) -> tuple[Equalized, gs.Tensor]:
-    """Scale weights and tensor; return what was done, and the tensor that the layers read now."""
-    tensor, readers = place
-    old, result, kept = tensor.name, tensor, {id(output) for output in graph.outputs}
-    for reader in readers:
-        _multiply(reader, scale, names)
-    folded = private and fold(tensor, scale, names, kept)
-    if folded:
-        tensor.name = names(f"{old}_equalized")
-    else:
-        result = _divide(graph, tensor, readers, scale, names)
-    divider = "" if folded else result.inputs[0].name
-    layers = tuple(reader.node.name for reader in readers)
-    spread = float(scale.max() / scale.min())
-    return Equalized(tensor=old, layers=layers, spread=spread, folded=folded, divider=divider), result
 
 
 def _scaled(stats: WeightStats, scale: Array) -> TensorStats:

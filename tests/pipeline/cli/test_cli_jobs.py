@@ -96,6 +96,16 @@ def test_a_recipe_file_and_flags_say_the_same(calibrated: Path, run: Run) -> Non
     assert (calibrated / "a.onnx").read_bytes() == (calibrated / "b.onnx").read_bytes()
 
 
+@pytest.mark.parametrize("equalize", ["none", "smoothquant:0.5", "awq"])
+def test_a_saved_recipe_equalizes_the_same(calibrated: Path, run: Run, equalize: str) -> None:
+    flags = ("--data", "data.npz", "--equalize", equalize, "--bias-correction", "--algorithm", "gptq")
+    assert run("quantize", "m.onnx", "-o", "a.onnx", *flags, "--save-recipe", "r.yaml").code == 0
+    saved = yaml.safe_load((calibrated / "r.yaml").read_text())
+    assert (saved["equalize"] or "none", saved["bias_correction"]) == (equalize, True)
+    assert run("quantize", "m.onnx", "--data", "data.npz", "-o", "b.onnx", "--recipe", "r.yaml").code == 0
+    assert (calibrated / "a.onnx").read_bytes() == (calibrated / "b.onnx").read_bytes()
+
+
 def test_a_saved_plan_explains_a_node(calibrated: Path, run: Run) -> None:
     assert run("quantize", "m.onnx", "--calib", "m.qcal", "--dry-run", "--save-plan", "plan.json").code == 0
     done = run("explain", "plan", "plan.json", "Conv_a")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,21 +101,23 @@ def has_data(given: Mapping[str, Any]) -> bool:
     return bool(given["data"] or given["random_samples"])
 
 
-@contextmanager
-def layer_data(job: Job, recipe: Recipe, given: Mapping[str, Any]) -> Iterator[Data | None]:
-    """Give the data on which layers are quantized one after the other, with progress on stderr; None for none."""
+def layer_data(job: Job, recipe: Recipe, given: Mapping[str, Any]) -> Data | None:
+    """Return the data on which layers are quantized one after the other, read once; None where none is needed."""
     from ..data import inputs_of
     from ..stages.quantize import runs_layers
     from ..stages.sequential import Data
 
     if not has_data(given) or not runs_layers(recipe):
+        return None
+    batches = list(feed_from(given, inputs_of(job.model.graph)))
+    return Data(batches=batches, device=given["device"], op_libraries=given["custom_op_library"])
+
+
+@contextmanager
+def shown(data: Data | None, given: Mapping[str, Any]) -> Iterator[Data | None]:
+    """Give the same data, with progress on stderr while layers are quantized."""
+    if data is None:
         yield None
         return
-    feed = feed_from(given, inputs_of(job.model.graph))
     with output.progress("quantizing layer by layer", None, quiet=given["quiet"]) as advance:
-        yield Data(
-            batches=feed,
-            device=given["device"],
-            op_libraries=given["custom_op_library"],
-            progress=lambda done, total: advance(done, f"of {total} layers"),
-        )
+        yield replace(data, progress=lambda done, total: advance(done, f"of {total} layers"))

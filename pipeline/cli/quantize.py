@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +73,7 @@ def command(model: Path, output_path: Path | None, **given: Any) -> None:
     from ..graph import save
     from ..stages.preview import preview
     from ..stages.quantize import QuantizeOptions
-    from .collecting import layer_data, open_job
+    from .collecting import layer_data, open_job, shown
 
     start, recipe = time.monotonic(), _recipe(given)
     job = open_job(model, given)
@@ -81,7 +81,8 @@ def command(model: Path, output_path: Path | None, **given: Any) -> None:
     recipe, calibration = _statistics(job, recipe, given)
     collected = time.monotonic()
     folder = (output_path or model).absolute().parent
-    coming = preview(job.model, recipe, calibration, folder, opened - start)
+    data = layer_data(job, recipe, given)
+    coming = preview(job.model, recipe, calibration, folder, opened - start, data)
     if given["require_quantized"] and recipe.float_type is None:
         _require_quantized(coming.plan)
     if given["dry_run"]:
@@ -91,7 +92,7 @@ def command(model: Path, output_path: Path | None, **given: Any) -> None:
         return
     if not given["quiet"]:
         output.note(f"estimated: {_costs(coming.cost)}")
-    with layer_data(job, recipe, given) as data:
+    with shown(data, given) as data:
         options = QuantizeOptions(skip_nonfinite=given["skip_nonfinite"], requantize=given["requantize"], data=data)
         result = job.quantize(recipe, calibration, options)
     if given["require_quantized"] and recipe.float_type is None:
@@ -233,6 +234,8 @@ def _report(result: Quantized | Preview, recipe: Recipe, given: dict[str, Any], 
         "opset": outcome.opset,
         "passes": result.passes,
         "notes": list(outcome.notes),
+        "equalize": [asdict(entry) for entry in getattr(result, "foreseen", getattr(result, "equalized", ()))],
+        "data_runs": asdict(result.runs) if hasattr(result, "runs") else None,
         "estimate": outcome.expected.to_dict(),
         "measured": outcome.took.to_dict() if outcome.took else None,
         "plan": result.plan.to_dict(),
@@ -289,6 +292,27 @@ def _choices(result: Quantized | Preview, recipe: Recipe, given: dict[str, Any])
         lines.append(
             f"equalized {len(equalized)} inputs of layers: {folded} folded into what makes them, "
             f"{len(equalized) - folded} by a Mul"
+        )
+    return lines + _foreseen(result, recipe)
+
+
+def _foreseen(result: Quantized | Preview, recipe: Recipe) -> list[str]:
+    """Return what a preview says of work that is still to be done: equalizing, and runs of the data."""
+    from ..stages.equalize import AUTO_EQUALIZER
+
+    lines, found, runs = [], getattr(result, "foreseen", ()), getattr(result, "runs", None)
+    if found:
+        name = AUTO_EQUALIZER if recipe.equalize == "auto" else recipe.equalize
+        layers, folds = sum(len(entry.layers) for entry in found), sum(entry.folds for entry in found)
+        condition = " where that halves the error" if recipe.equalize == "auto" else ""
+        lines.append(
+            f"to equalize by {name}: {len(found)} inputs of {layers} layers; {folds} fold into what makes them, "
+            f"{len(found) - folds} take a Mul{condition}"
+        )
+    if runs is not None and runs.count:
+        what = [f"{runs.layers} layers one after the other"] * bool(runs.layers) + ["biases"] * recipe.bias_correction
+        lines.append(
+            f"{' and '.join(what)}: {runs.count} more runs of the data, about {runs.seconds:.1f} s of the time"
         )
     return lines
 

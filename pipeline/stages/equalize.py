@@ -9,7 +9,7 @@ the one that just holds all channels, whatever the calibration method, for after
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,28 @@ class Reader:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One tensor that an equalizer looks at.
+
+    Attributes:
+        tensor: In the float graph.
+        readers: Layers that read it, and are to be quantized.
+        stats: What is known of it.
+        folds: Whether a division by a channel scale goes into what makes it; if not, it takes a Mul.
+    """
+
+    tensor: gs.Tensor
+    readers: list[Reader]
+    stats: WeightStats
+    folds: bool
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers."""
+        return tuple(reader.node.name for reader in self.readers)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Equalized:
     """One tensor that was divided by a channel scale.
 
@@ -103,40 +125,62 @@ def equalize(
     Raises:
         DataError: Statistics that a named equalizer needs are missing; ``auto`` passes over such tensors.
     """
-    if recipe.equalize in (None, CROSS_LAYER) or (recipe.equalize == AUTO and calibration is None):
+    if not _searches(recipe, calibration):
         return [], calibration
-    assert recipe.equalize is not None
     known, done, names = calibration or Calibration(tensors={}), list[Equalized](), FreshNames(graph)
-    kept = _kept(graph, plan)
-    added: dict[str, TensorStats] = {}
-    for tensor, readers in _readers(graph, plan, every=recipe.equalize != AUTO):
-        if recipe.equalize == AUTO and not _own_their_weights(readers):
-            continue
-        stats = _stats_of(tensor, readers[0].layout, recipe.equalize, known)
-        if stats is None:
-            continue
-        private = len(tensor.outputs) == len(readers) and all(tensor is not output for output in graph.outputs)
-        folds = private and can_fold(tensor, len(readers[0].layout.columns()), kept)
-        scale = _scale(readers, stats, recipe.equalize, folds=folds)
+    added, kept = dict[str, TensorStats](), _kept(graph, plan)
+    for candidate in candidates(graph, plan, recipe, calibration):
+        tensor, old = candidate.tensor, candidate.tensor.name
+        scale = _scale(candidate, str(recipe.equalize))
         if np.allclose(scale, 1.0):
             continue
-        old, layers = tensor.name, tuple(reader.node.name for reader in readers)
-        for reader in readers:
+        for reader in candidate.readers:
             _multiply(reader, scale, names)
         result = tensor
-        if folds:
+        if candidate.folds:
             fold(tensor, scale, names, kept)
             tensor.name = names(f"{old}_equalized")
         else:
-            result = _divide(graph, tensor, readers, scale, names)
-        divider, spread = "" if folds else result.inputs[0].name, float(scale.max() / scale.min())
-        entry = Equalized(tensor=old, layers=layers, spread=spread, folded=folds, divider=divider)
-        done.append(entry)
-        added[result.name] = _scaled(stats, scale)
+            result = _divide(graph, tensor, candidate.readers, scale, names)
+        divider, spread = "" if candidate.folds else result.inputs[0].name, float(scale.max() / scale.min())
+        done.append(
+            Equalized(tensor=old, layers=candidate.layers, spread=spread, folded=candidate.folds, divider=divider)
+        )
+        added[result.name] = _scaled(candidate.stats, scale)
     if not done:
         return [], calibration
     graph.cleanup(remove_unused_graph_inputs=False).toposort()
     return done, dataclasses.replace(known, tensors={**known.tensors, **added})
+
+
+def candidates(graph: gs.Graph, plan: Plan, recipe: Recipe, calibration: Calibration | None) -> Iterator[Candidate]:
+    """Yield the tensors that `equalize` looks at; no weight is read for that.
+
+    Args:
+        graph: Prepared float graph; each tensor is judged when its turn comes, in the graph as it then is.
+        plan: What is to be quantized, and how.
+        recipe: Names the equalizer.
+        calibration: Statistics of layer inputs, per channel at least.
+
+    Raises:
+        DataError: As `equalize`.
+    """
+    if not _searches(recipe, calibration):
+        return
+    known, kept, name = calibration or Calibration(tensors={}), _kept(graph, plan), str(recipe.equalize)
+    for tensor, readers in _readers(graph, plan, every=name != AUTO):
+        if name == AUTO and not _own_their_weights(readers):
+            continue
+        stats = _stats_of(tensor, readers[0].layout, name, known)
+        if stats is not None:
+            private = len(tensor.outputs) == len(readers) and all(tensor is not output for output in graph.outputs)
+            folds = private and can_fold(tensor, len(readers[0].layout.columns()), kept)
+            yield Candidate(tensor=tensor, readers=readers, stats=stats, folds=folds)
+
+
+def _searches(recipe: Recipe, calibration: Calibration | None) -> bool:
+    """Whether scales are to be looked for."""
+    return recipe.equalize not in (None, CROSS_LAYER) and (recipe.equalize != AUTO or calibration is not None)
 
 
 def needs_of(recipe: Recipe) -> frozenset[str]:
@@ -212,12 +256,13 @@ def _stats_of(tensor: gs.Tensor, layout: Layout, name: str, calibration: Calibra
     )
 
 
-def _scale(readers: list[Reader], stats: WeightStats, name: str, *, folds: bool) -> Array:
+def _scale(candidate: Candidate, name: str) -> Array:
     """Return the channel scale [in] of one tensor, 1 throughout where it does not pay."""
-    matrix, first = np.concatenate([reader.matrix() for reader in readers]), readers[0]
+    first, stats = candidate.readers[0], candidate.stats
+    matrix = np.concatenate([reader.matrix() for reader in candidate.readers])
     equalizer = EQUALIZERS.resolve(AUTO_EQUALIZER if name == AUTO else name)
     scale = np.asarray(equalizer(matrix, first.spec, stats, first.x_spec), dtype=np.float32)
-    if name != AUTO or folds:
+    if name != AUTO or candidate.folds:
         return scale
     errors = [
         output_error(matrix * s, first.spec, stats.scaled(s), first.x_spec, Rtn()) for s in (np.ones_like(scale), scale)

@@ -12,8 +12,41 @@ from ..plan import Plan
 from ..recipe import Recipe
 from ..statistics import with_constants, with_moved
 from .decide import decide
+from .equalize import candidates
+from .quantize import runs_in_order
+from .sequential import Data, layers_in_order, run_seconds
 from .solve import Key, Solved, solve
 from .tune import tune
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Foreseen:
+    """One tensor that the equalizer will look at.
+
+    Attributes:
+        tensor: Its name.
+        layers: Names of the layers that read it.
+        folds: Whether a scale goes into what makes it; if not, it takes a Mul.
+    """
+
+    tensor: str
+    layers: tuple[str, ...]
+    folds: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataRuns:
+    """Runs of all data through the model while it is quantized; collecting statistics is not among them.
+
+    Attributes:
+        count: How many: two for layer by layer, of the float and the quantized model, and two for correcting biases.
+        layers: Layers that are quantized one after the other.
+        seconds: What the runs take together, about.
+    """
+
+    count: int = 0
+    layers: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +59,8 @@ class Preview:
         model: The float model.
         calibration: Statistics, None when the recipe needs none.
         method: Calibration method.
+        foreseen: What the equalizer will look at.
+        runs: Runs of the data, counted in the cost.
     """
 
     plan: Plan
@@ -33,6 +68,8 @@ class Preview:
     model: Model
     calibration: Calibration | None
     method: str
+    foreseen: tuple[Foreseen, ...] = ()
+    runs: DataRuns = DataRuns()
 
     @property
     def activations(self) -> dict[Key, Solved]:
@@ -45,7 +82,14 @@ class Preview:
         return tune(clone(self.model), self.plan.target) if self.plan.quantized() else {}
 
 
-def preview(model: Model, recipe: Recipe, calibration: Calibration | None, folder: Path, spent: float) -> Preview:
+def preview(
+    model: Model,
+    recipe: Recipe,
+    calibration: Calibration | None,
+    folder: Path,
+    spent: float,
+    data: Data | None = None,
+) -> Preview:
     """Decide, and estimate what the decisions cost; the model is not changed.
 
     Args:
@@ -54,6 +98,7 @@ def preview(model: Model, recipe: Recipe, calibration: Calibration | None, folde
         calibration: Statistics; None when the recipe needs none.
         folder: Where the result will be written.
         spent: Seconds since the command began, less what was spent on collecting.
+        data: What layers will be run on; None when they will not be.
 
     Raises:
         QpipeError: As `decide`.
@@ -61,5 +106,24 @@ def preview(model: Model, recipe: Recipe, calibration: Calibration | None, folde
     known = with_moved(model.graph, calibration) if calibration is not None else None
     plan = decide(model.graph, recipe, known, functions=model.functions)
     known = with_constants(model.graph, plan, known) if known is not None else None
-    cost = estimate(model, plan, folder, spent)
-    return Preview(plan=plan, cost=cost, model=model, calibration=known, method=recipe.method)
+    runs = _data_runs(model, plan, recipe, data)
+    return Preview(
+        plan=plan,
+        cost=estimate(model, plan, folder, spent + runs.seconds),
+        model=model,
+        calibration=known,
+        method=recipe.method,
+        foreseen=tuple(
+            Foreseen(tensor=c.tensor.name, layers=c.layers, folds=c.folds)
+            for c in candidates(model.graph, plan, recipe, known)
+        ),
+        runs=runs,
+    )
+
+
+def _data_runs(model: Model, plan: Plan, recipe: Recipe, data: Data | None) -> DataRuns:
+    if data is None:
+        return DataRuns()
+    layers = layers_in_order(model.graph, plan) if runs_in_order(recipe) else 0
+    count = 2 * bool(layers) + 2 * recipe.bias_correction
+    return DataRuns(count=count, layers=layers, seconds=count * run_seconds(model, data) if count else 0.0)

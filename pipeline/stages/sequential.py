@@ -9,6 +9,7 @@ not rounded on the way: only errors of weights are passed on.
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,30 @@ def quantize_in_order(
         if data.progress is not None:
             data.progress(done, len(in_order))
     return result
+
+
+def run_seconds(model: Model, data: Data) -> float:
+    """Return about how long it takes to run all data through the model once; one batch is run, twice.
+
+    Args:
+        model: The float model.
+        data: What it is run on.
+    """
+    batches = list(data.batches)
+    reads = [t.name for node in reversed(model.graph.nodes) for t in node.inputs if isinstance(t, gs.Variable)]
+    last = next((name for name in reads if name), None)
+    if not batches or last is None:
+        return 0.0
+    options = {"device": data.device, "op_libraries": data.op_libraries}
+    values = Stream.of(Cuts.of(model, [last]), batches[:1] * 2, **options).advance(last)
+    start = time.perf_counter()
+    first, second = (time.perf_counter() for _ in values)
+    return first - start + (len(batches) - 1) * (second - first)
+
+
+def layers_in_order(graph: gs.Graph, plan: Plan) -> int:
+    """Return how many layers `quantize_in_order` quantizes one after the other."""
+    return sum(map(len, _layers(graph, plan).values()))
 
 
 def _layers(graph: gs.Graph, plan: Plan) -> dict[str, list[_Layer]]:

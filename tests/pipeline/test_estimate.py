@@ -16,7 +16,9 @@ from qpipe.pipeline.recipe import SCHEMES, make_recipe
 from qpipe.pipeline.stages.prepare import prepare
 from qpipe.pipeline.stages.preview import preview
 from qpipe.pipeline.stages.quantize import quantize_model
+from qpipe.pipeline.stages.sequential import Data
 from qpipe.pipeline.workflow import Job
+from quantizing import model as build
 
 RECIPES = {
     "w8": {"scheme": "w8"},
@@ -139,3 +141,57 @@ def test_the_result_of_a_preview_leaves_the_model_as_it_was(tmp_path: Path) -> N
     preview(model, make_recipe(scheme="w4"), None, tmp_path, 0.0)
     assert graph.to_proto(model) == before
     onnx.checker.check_model(before)
+
+
+def test_runs_of_the_data_are_foreseen_and_counted(tmp_path: Path) -> None:
+    model = prepare(graph.load(write_model(tmp_path / "m.onnx", [(64, 64)] * 3)))
+    data = Data(batches=[{"h0": np.random.default_rng(i).normal(size=(8, 64)).astype(np.float32)} for i in range(4)])
+    rounded, in_order = ({"scheme": "w4", "weights": {"algorithm": name}} for name in ("rtn", "gptq"))
+    cases = [(rounded, data, 0, 0), (in_order, None, 0, 0), (in_order, data, 2, 3)]
+    cases += [({**rounded, "bias_correction": True}, data, 2, 0), ({**in_order, "bias_correction": True}, data, 4, 3)]
+    for keys, known, count, layers in cases:
+        coming = preview(model, make_recipe(**keys), None, tmp_path, 0.0, known)
+        assert (coming.runs.count, coming.runs.layers) == (count, layers)
+        assert bool(coming.runs.seconds) == bool(count)
+        assert coming.cost.seconds > coming.runs.seconds
+
+
+def test_equalizing_is_foreseen_as_it_happens(tmp_path: Path) -> None:
+    """A norm takes the scale of the first layer's input, a Gelu does not take that of the second's."""
+    rng = np.random.default_rng(0)
+    gain = np.where(np.arange(32) % 9 == 0, 30, 1).astype(np.float32)
+    source = build(
+        """g (float[N,32] x) => (float[N,32] y) {
+            n = LayerNormalization(x, gain)  h = MatMul(n, w)  a = Gelu(h)  y = MatMul(a, v) }""",
+        gain=gain,
+        w=rng.normal(size=(32, 64)).astype(np.float32) * np.linspace(0.1, 5, 64, dtype=np.float32),
+        v=rng.normal(size=(64, 32)).astype(np.float32),
+    )
+    onnx.save(source, tmp_path / "m.onnx")
+    job = Job.open(tmp_path / "m.onnx")
+    known = job.collect([{"x": rng.normal(size=(512, 32)).astype(np.float32)}])
+    recipe = make_recipe(scheme="w8a8", target="ort-cpu-vnni", equalize="smoothquant:0.8")
+    before = graph.to_proto(job.model)
+    foreseen = preview(job.model, recipe, known, tmp_path, 0.0).foreseen
+    assert graph.to_proto(job.model) == before
+    assert [(entry.tensor, entry.folds) for entry in foreseen] == [("n", True), ("a", False)]
+    happened = job.quantize(recipe, known).equalized
+    assert [(e.tensor, e.layers, e.folded) for e in happened] == [(e.tensor, e.layers, e.folds) for e in foreseen]
+
+
+def test_a_dry_run_tells_of_equalizing_and_of_runs_of_the_data(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_model(tmp_path / "m.onnx", [(256, 64), (64, 64)])
+    wanted = ["--random", "8", "--scheme", "w4", "--algorithm", "gptq", "--equalize", "awq", "--bias-correction"]
+    assert main(["quantize", "m.onnx", *wanted, "--dry-run"]) == 0
+    said = capfd.readouterr().out
+    assert "to equalize by awq: 2 inputs of 2 layers; 1 fold into what makes them, 1 take a Mul\n" in said
+    assert "2 layers one after the other and biases: 4 more runs of the data" in said
+    assert main(["quantize", "m.onnx", *wanted, "--dry-run", "--json"]) == 0
+    data = json.loads(capfd.readouterr().out)
+    assert [(entry["tensor"], entry["folds"]) for entry in data["equalize"]] == [("h0", False), ("h1", True)]
+    assert (data["data_runs"]["count"], data["data_runs"]["layers"]) == (4, 2)
+    assert main(["quantize", "m.onnx", *wanted, "-o", "q.onnx", "--json"]) == 0
+    assert json.loads(capfd.readouterr().out)["data_runs"] is None

@@ -58,7 +58,8 @@ class Gptq:
         """Return the codes of ``w`` [out, in]."""
         hessian = damped(gram_of("gptq", w, stats), self.damping)
         order = np.argsort(-np.diag(hessian), kind="stable") if self.act_order else np.arange(len(hessian))
-        factor = inverse_factor(hessian[np.ix_(order, order)])
+        hessian = hessian[np.ix_(order, order)]
+        factor = inverse_factor(hessian)
         importance = np.empty(len(order))
         importance[order] = 1 / np.square(np.diag(factor))
         params = _params(w, spec, importance)
@@ -166,26 +167,26 @@ def inverse_factor(hessian: F64) -> F64:
         DataError: The matrix is not positive definite.
     """
     try:
-        lower = np.linalg.cholesky(hessian[::-1, ::-1])
+        upper = np.ascontiguousarray(np.linalg.cholesky(hessian[::-1, ::-1])[::-1, ::-1])
     except np.linalg.LinAlgError as error:
         raise DataError(
             "the Gram matrix of a layer's input is singular",
             expected="more tokens than input channels, or damping",
             do="calibrate on more samples, or write gptq:0.1 for a damping of 0.1",
         ) from error
-    return _inverse_upper(np.ascontiguousarray(lower[::-1, ::-1]))
+    _invert_upper(upper)
+    return upper
 
 
-def _inverse_upper(upper: F64) -> F64:
-    n = len(upper)
-    if n <= 64:
-        return np.triu(np.linalg.inv(upper))
-    half = n // 2
-    inverse = np.zeros_like(upper)
-    inverse[:half, :half] = _inverse_upper(upper[:half, :half])
-    inverse[half:, half:] = _inverse_upper(upper[half:, half:])
-    inverse[:half, half:] = -inverse[:half, :half] @ (upper[:half, half:] @ inverse[half:, half:])
-    return inverse
+def _invert_upper(upper: F64) -> None:
+    """Put the inverse of an upper triangular matrix [n, n] in its place: a second one may be half a gigabyte."""
+    half = len(upper) // 2
+    if half <= 32:
+        upper[:] = np.triu(np.linalg.inv(upper))
+        return
+    _invert_upper(upper[:half, :half])
+    _invert_upper(upper[half:, half:])
+    upper[:half, half:] = -upper[:half, :half] @ (upper[:half, half:] @ upper[half:, half:])
 
 
 def _params(w: Array, spec: Spec, importance: F64) -> QParams:

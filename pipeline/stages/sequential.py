@@ -176,10 +176,12 @@ def _plus(total: WeightStats, was: Array, now: Array, detail: Detail) -> WeightS
         return total
     x, wanted = (as_tokens(array, detail.axis, detail.window) for array in (now, was))
     channels, gram = ChannelAmax.of(x), Gram.of(x)
+    if total.gram is not None and total.channels is not None:
+        channels, gram = total.channels.merge(channels), total.gram.merge(gram)
     drift = (wanted - x).astype(np.float64).T @ x.astype(np.float64)
-    if total.gram is None or total.channels is None or total.drift is None:
-        return WeightStats(gram=gram, channels=channels, drift=drift)
-    return WeightStats(gram=total.gram.merge(gram), channels=total.channels.merge(channels), drift=total.drift + drift)
+    if total.drift is not None:
+        drift += total.drift
+    return WeightStats(gram=gram, channels=channels, drift=drift)
 
 
 def _rounded(qarray: QArray) -> Array:

@@ -209,6 +209,8 @@ def in_matrix_order(layout: Layout, stats: WeightStats) -> WeightStats | None:
     channels, gram, drift = stats.channels, stats.gram, stats.drift
     if channels is not None and len(channels.amax) != len(columns):
         return None
+    if np.array_equal(columns, np.arange(len(columns))):  # most often: then nothing large is copied
+        return stats
     if channels is not None:
         channels = dataclasses.replace(
             channels, amax=channels.amax[columns], total=channels.total[columns], energy=channels.energy[columns]

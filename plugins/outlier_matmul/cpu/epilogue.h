@@ -77,20 +77,25 @@ void finish_block(const EpilogueTask& task, int64_t m, int64_t n) {
     }
 }
 
-template <class V, class T, int Strips>
-void finish_strips(const EpilogueTask& task, int64_t n) {
-    int64_t m = 0;
-    for (; m + V::kRows <= task.rows; m += V::kRows) finish_block<V, T, V::kRows, Strips>(task, m, n);
-    for (; m < task.rows; ++m) finish_block<V, T, 1, Strips>(task, m, n);
+// Rows first .. last - 1 pass by the outlier weights of a few strips, which stay in the first-level cache.
+template <class V, class T, int Rows, int Strips>
+void finish_rows(const EpilogueTask& task, int64_t first, int64_t last) {
+    constexpr int64_t kColumns = Strips * kStripColumns;
+    int64_t n = 0;
+    for (; n + kColumns <= task.columns; n += kColumns) {
+        for (int64_t m = first; m < last; m += Rows) finish_block<V, T, Rows, Strips>(task, m, n);
+    }
+    for (; n < task.columns; n += kStripColumns) {
+        for (int64_t m = first; m < last; m += Rows) finish_block<V, T, Rows, 1>(task, m, n);
+    }
 }
 
-// Rows pass by the outlier weights of a few strips, which stay in the first-level cache.
 template <class V, class T>
 [[maybe_unused]] void epilogue(const EpilogueTask& task) {
-    constexpr int64_t kColumns = V::kStrips * kStripColumns;
-    int64_t n = 0;
-    for (; n + kColumns <= task.columns; n += kColumns) finish_strips<V, T, V::kStrips>(task, n);
-    for (; n < task.columns; n += kStripColumns) finish_strips<V, T, 1>(task, n);
+    constexpr int kSingleRowStrips = 8 * V::kWidth / kStripColumns;  // 8 vectors: fewer would wait for each other
+    const int64_t whole = task.rows / V::kRows * V::kRows;
+    finish_rows<V, T, V::kRows, V::kStrips>(task, 0, whole);
+    finish_rows<V, T, 1, kSingleRowStrips>(task, whole, task.rows);
 }
 
 }  // namespace

@@ -123,7 +123,8 @@ class Job:
         require_memory(self.model.graph, details, machine_memory())
         options = replace(options, identity=identity, details=details)
         source = clone(self.model) if self.rewritten else self.path
-        tensors = self.needed() if tensors is None else tensors
+        chosen = {*(self.needed() if tensors is None else tensors), *details}
+        tensors = [name for name in self.wanted() if name in chosen]
         return collect(source, [*tensors, *hidden_tensors(self.model.functions)], batches, options)
 
     def needed(self, recipe: Recipe | None = None) -> list[str]:

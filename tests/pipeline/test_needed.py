@@ -18,7 +18,7 @@ from qpipe.pipeline.stages.decide import decide, wanted_tensors
 from qpipe.pipeline.stages.needed import needed_tensors
 from qpipe.pipeline.stages.prepare import prepare
 from qpipe.pipeline.targets import TARGETS
-from qpipe.pipeline.workflow import Job
+from qpipe.pipeline.workflow import Job, quantize_file
 from quantizing import model, normal
 from random_graphs import models
 
@@ -114,3 +114,12 @@ def test_float16_from_statistics_of_other_tensors_says_what_is_missing(tmp_path:
     job = Job.open(tmp_path / "m.onnx")
     known = job.collect([{"x": normal(4, 8)}], tensors=job.wanted())
     assert not job.quantize(make_recipe(scheme="fp16", target="portable"), known).notes
+
+
+def test_what_an_algorithm_looks_at_is_collected_where_activations_stay_float(tmp_path: Path) -> None:
+    body = "g (float[1,2,4,4] x) => (float[1,2,4,4] y) { a = Conv(x, w)  b = Relu(a)  y = Conv(b, w) }"
+    onnx.save(model(body, w=normal(2, 2, 1, 1)), tmp_path / "m.onnx")
+    recipe = make_recipe(scheme="w8", weights={"algorithm": "gptq", "sequential": False})
+    batches = [{"x": normal(1, 2, 4, 4, seed=i)} for i in range(4)]
+    found = quantize_file(tmp_path / "m.onnx", tmp_path / "q.onnx", recipe, batches)
+    assert {d.algorithm for d in found.plan.quantized()} == {"gptq"}

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from polygraphy.comparator import IterationResult, RunResults
 from polygraphy.json import save_json
 
-from ..calibrate.errors import WriteError
+from ..calibrate.errors import UnsupportedError, WriteError
 from .files import replace_file, writing
 
 Arrays = Mapping[str, npt.NDArray[Any]]
@@ -63,8 +63,13 @@ class Recorder:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def append(self, arrays: Arrays) -> None:
-        """Add the arrays of one batch."""
-        item = dict(arrays) if self._runner is None else IterationResult(dict(arrays), 0.0, self._runner)
+        """Add the arrays of one batch.
+
+        Raises:
+            UnsupportedError: One of them is a sequence.
+        """
+        held = {name: _plain(name, array) for name, array in arrays.items()}
+        item = held if self._runner is None else IterationResult(held, 0.0, self._runner)
         if self._single:
             # Runtimes may use the same memory for the next batch.
             self._kept.append(copy.deepcopy(item))
@@ -98,3 +103,17 @@ class Recorder:
                 expected="a new or empty folder, or a name with a suffix for a single file",
                 do="choose another name, or give --force to replace it",
             )
+
+
+def _plain(name: str, array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Return an array without Python objects, which the format refuses: strings all as long as the longest."""
+    if array.dtype != object:
+        return array
+    if all(isinstance(item, str) for item in array.flat):
+        return array.astype(str)
+    raise UnsupportedError(
+        "polygraphy's format has no place for a sequence",
+        where=name,
+        expected="arrays of numbers or strings",
+        do="leave out --save-outputs, or make its tensors outputs of their own",
+    )

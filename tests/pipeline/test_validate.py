@@ -17,8 +17,16 @@ import psutil
 import pytest
 from onnx import helper, numpy_helper, parser
 from qpipe.calibrate import metrics
-from qpipe.calibrate.errors import DataError, ModelError, RecipeError, ThresholdError, UsageError, WriteError
-from qpipe.pipeline import report
+from qpipe.calibrate.errors import (
+    DataError,
+    ModelError,
+    RecipeError,
+    ThresholdError,
+    UnsupportedError,
+    UsageError,
+    WriteError,
+)
+from qpipe.pipeline import data, report
 from qpipe.pipeline.graph import load
 from qpipe.pipeline.layers import common_layers, score_outputs
 from qpipe.pipeline.session import make_session
@@ -255,6 +263,23 @@ def test_strings_sequences_and_sparse_weights_are_compared(tmp_path: Path) -> No
         assert rows["s", semantics]["values"] == 16
         assert rows["s", semantics]["max_abs"] == rows["y", semantics]["max_abs"] == 0.5
         assert rows["u", semantics]["same"] == 1
+
+
+def test_strings_are_saved_and_read_again_and_sequences_refused(tmp_path: Path) -> None:
+    text = """<ir_version: 8, opset_import: ["": 17]>
+    g (float[N,2] x, string[N] t) => (string[N] u, seq(float[N,2]) s) {
+        u = Identity(t)  s = SequenceConstruct(x, x)
+    }"""
+    path, inputs = tmp_path / "m.onnx", tmp_path / "in.json"
+    onnx.save(_model(text, {}), path)
+    batch = {"x": np.ones((2, 2), np.float32), "t": np.array(["a", "bcd"], object)}
+    validate(path, path, [batch], ValidateOptions(save_inputs=inputs))
+    (again,) = data.batches(inputs)
+    assert again["t"].tolist() == ["a", "bcd"]
+    assert validate(path, path, [again]).table("outputs").rows[0]["same"] == 1
+    with pytest.raises(UnsupportedError, match="sequence"):
+        validate(path, path, [batch], ValidateOptions(save_outputs=tmp_path / "out.json"))
+    assert not (tmp_path / "out.json").exists()
 
 
 def test_a_threshold_on_scores_needs_an_output_of_scores(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One operator at a time: calibrated, quantized, checked and run, for every target.
+"""One operator at a time: calibrated, quantized, checked and validated, for every target.
 
 On ONNX Runtime's CPU provider the optimized graph is looked at too: what the plan quantizes has to run on codes there.
 """

@@ -116,6 +116,16 @@ def test_memory_does_not_grow_with_the_model(
     assert growth(small, large, threshold, *scheme) < 64 * 2**20
 
 
+def test_memory_of_gptq_layer_by_layer_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    """64 MiB of weights in layers of 1 MiB."""
+    pytest.importorskip("onnxruntime")
+    small = write_model(tmp_path / "small.onnx", [(512, 512)] * 2)
+    large = laid_out(tmp_path, [(512, 512)] * 64, "one")
+    np.savez(tmp_path / "data.npz", h0=np.random.default_rng(0).normal(size=(64, 512)).astype(np.float32))
+    arguments = ("--scheme", "w4", "--algorithm", "gptq", "--data", str(tmp_path / "data.npz"))
+    assert growth(small, large, 2**40, *arguments) < 40 * 2**20
+
+
 _LOOK = """
 import sys
 from qpipe.pipeline.cli import main

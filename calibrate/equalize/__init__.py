@@ -18,7 +18,9 @@ Letters: ``out``, ``in`` dimensions of the weight.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -33,6 +35,8 @@ from ..weights import WeightMethod, WeightStats, gram_of, output_mse
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
+
+_THREADS = 4
 
 LIMIT = 1e4
 """Largest channel scale and inverse of the smallest: a channel that is nearly dead must not blow up its weights."""
@@ -162,14 +166,19 @@ def input_noise(energy: F64, stats: WeightStats, x_spec: Spec) -> F64:
 
 def best_scale(candidates: list[F32], cost: Callable[[F32], float]) -> F32:
     """Return the candidate scale [in] with the smallest cost; among equals the first."""
-    costs = [cost(scale) for scale in candidates]
-    return candidates[int(np.argmin(costs))]
+    return candidates[int(np.argmin(_costs(candidates, cost)))]
 
 
 def likeliest(candidates: list[F32], estimate: Callable[[F32], float], count: int) -> list[F32]:
     """Return the ``count`` candidate scales [in] with the smallest estimates, in the order in which they were given."""
-    order = np.argsort([estimate(scale) for scale in candidates], kind="stable")[:count]
+    order = np.argsort(_costs(candidates, estimate), kind="stable")[:count]
     return [candidates[index] for index in sorted(order)]
+
+
+def _costs(candidates: list[F32], cost: Callable[[F32], float]) -> list[float]:
+    """Return what each candidate costs; numpy's loops let other threads run, and each needs a copy of the weight."""
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
+        return list(pool.map(cost, candidates))
 
 
 def bounded(scale: Array, live: Array) -> F32:

@@ -279,7 +279,7 @@ def _choices(result: Quantized | Preview, recipe: Recipe, given: dict[str, Any])
     """Return in words what was chosen where the recipe leaves a choice: algorithms of weights, equalized inputs."""
     from ..stages.choice import wants_data
 
-    algorithms = Counter(d.algorithm for d in result.plan.coded() if d.site.role == "weight")
+    algorithms = Counter(d.algorithm for d in result.plan.coded() if d.site.role == "weight" and d.algorithm)
     named = ", ".join(f"{name} ({n})" for name, n in algorithms.most_common())
     lines = [f"weights by {named}"] if named else []
     if given["calib"] and set(algorithms) == {"rtn"} and wants_data(recipe) and recipe.weights.algorithm is None:

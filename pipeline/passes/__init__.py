@@ -20,6 +20,7 @@ from .fold_batchnorm import fold_batchnorm
 from .keep_sums_apart import keep_sums_apart
 from .lower_constants import lower_constants
 from .remove_identity import remove_identity
+from .sum_behind_products import sum_behind_products
 
 Pass = Callable[[gs.Graph, FreshNames], int]
 """Changes one graph in place and returns how many places it changed."""
@@ -33,5 +34,7 @@ PASSES: tuple[Pass, ...] = (
     fold_batchnorm,
 )
 
-TARGET_PASSES: dict[str, Pass] = {run.__name__: run for run in (keep_sums_apart, floor_masked_softmax)}
+TARGET_PASSES: dict[str, Pass] = {
+    run.__name__: run for run in (keep_sums_apart, floor_masked_softmax, sum_behind_products)
+}
 """By name, in order. The first line of a pass's docstring, up to "; return", is what a plan prints of it."""

@@ -58,7 +58,7 @@ def _add(name: str, summary: str, pair_limit: int) -> None:
             float32_ops=frozenset({"Softmax", "LogSoftmax", "Gelu", "HardSwish", "Mish", "Softplus", "Celu"}),
             pair_limit=pair_limit,
             fuses_blocks=False,
-            passes=frozenset({"keep_sums_apart", "floor_masked_softmax"}),
+            passes=frozenset({"keep_sums_apart", "floor_masked_softmax", "sum_behind_products"}),
             source="ONNX Runtime 1.31, CPU provider: its optimized graphs and capability table as measured",
             notes=(
                 "float16 saves memory there, not time: most operators are computed in float32 between casts",

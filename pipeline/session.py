@@ -66,6 +66,7 @@ class SessionExtras:
         mapped: Leave weights in their files: nothing is packed, and what depends on weights only is computed when it
             is read and let go afterwards. Only an *exact* session folds no copies of them beforehand.
         ragged: Inputs change shape from run to run: keep no plan of the memory per shape.
+        eager: Run every operator as soon as it can, also one that nobody waits for: what it reads is in the cache then.
         optimized_model: Where ONNX Runtime writes the graph it actually runs, None for nowhere.
     """
 
@@ -74,6 +75,7 @@ class SessionExtras:
     plugin: bool = True
     mapped: bool = False
     ragged: bool = False
+    eager: bool = False
     optimized_model: Path | None = None
 
 
@@ -136,9 +138,10 @@ def session_options(
     if extras.optimized_model is not None:
         options.optimized_model_filepath = str(extras.optimized_model)
     config = {ACCURACY_KEY: EXACT_ACCURACY_LEVEL if exact else DEPLOYED_ACCURACY_LEVEL, **extras.config}
+    if extras.eager or extras.mapped:  # if not, all constants are computed first, and held
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     if extras.mapped:
         config["session.disable_prepacking"] = "1"
-        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED  # else all constants are computed first, and held
         options.enable_cpu_mem_arena = False
         if exact:
             # A DequantizeLinear with several readers is doubled otherwise, and its doubles come after all constants.

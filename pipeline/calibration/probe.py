@@ -74,7 +74,7 @@ class Probe:
             config["session.model_external_initializers_file_folder_path"] = str(folder)
         data = built.proto.SerializeToString()
         del built, graph
-        extras = SessionExtras(config=config, op_libraries=job.op_libraries, mapped=mapped, ragged=True)
+        extras = SessionExtras(config=config, op_libraries=job.op_libraries, mapped=mapped, ragged=True, eager=True)
         self._session = make_session(data, exact=mapped, device=job.device, threads=job.threads, extras=extras)
         types = {entry.name: entry.type for entry in self._session.get_outputs()}
         types |= {entry.name: entry.type for entry in self._session.get_inputs()}

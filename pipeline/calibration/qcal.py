@@ -91,7 +91,7 @@ def load(path: str | Path) -> Calibration:
             if _crc(arrays[name]) != expected:
                 raise _Damage(f"the checksum of block {name!r} is wrong")
         return _calibration(content, arrays)
-    except (_Damage, KeyError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
+    except (_Damage, LookupError, TypeError, ValueError, AttributeError, RecursionError, OverflowError) as error:
         do = error.do if isinstance(error, _Damage) else ""
         raise DataError(
             "the calibration file cannot be used",

@@ -17,9 +17,16 @@ namespace qpipe::range_stats {
 namespace {
 
 constexpr int64_t kChunk = 4096;  // values: two passes over 16 KiB stay in the first-level cache
+constexpr int64_t kLine = 16;    // values of one cache line
 constexpr int64_t kFoldAt = int64_t{1} << 31;
 constexpr uint32_t kMagnitude = 0x7fffffffu;
 constexpr uint32_t kInfinity = 0x7f800000u;
+
+void prefetch([[maybe_unused]] const void* place) {
+#if defined(__GNUC__)
+    __builtin_prefetch(place);
+#endif
+}
 
 uint32_t as_bits(float value) {
     uint32_t bits;
@@ -85,6 +92,7 @@ QPIPE_CLONES void add_strip(const uint32_t* bits, int64_t tokens, int64_t channe
     const Bits sign_off = Bits{} + kMagnitude, limits = Bits{} + limit;
     for (int64_t t = 0; t < tokens; ++t, bits += channels) {
         load(next, bits, width);
+        prefetch(bits + 8 * channels);  // steps of a row are too wide for the processor to foresee
         next &= sign_off;
         next &= (Bits)(next < limits);
         most = most > next ? most : next;
@@ -168,8 +176,9 @@ void Table::count_chunk(const float* values, int64_t size, float sentinel) {
     pending_ += size;
     uint32_t* counters = recent_.get();
     int64_t i = 0;
-    for (; i + kWays <= size; i += kWays) {
-        for (int way = 0; way < kWays; ++way) ++counters[(bits[i + way] >> 16) * kWays + static_cast<uint32_t>(way)];
+    for (; i + kLine <= size; i += kLine) {
+        prefetch(values + i + kChunk);  // the next chunk comes while this one is counted
+        for (int64_t j = 0; j < kLine; ++j) ++counters[(bits[i + j] >> 16) * kWays + static_cast<uint32_t>(j % kWays)];
     }
     for (; i < size; ++i) ++counters[(bits[i] >> 16) * kWays];
 }

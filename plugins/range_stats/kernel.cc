@@ -14,7 +14,7 @@ namespace {
 using outlier_matmul::ElementType;
 using outlier_matmul::Lane;
 
-constexpr int64_t kTaskValues = 64 * 1024;  // below, waking a thread costs more than counting
+constexpr int64_t kTaskValues = 16 * 1024;  // below, waking a thread costs more than counting
 constexpr int64_t kMaxTasks = 8;  // each may need a table of some 100 KB, in models of a thousand tensors
 constexpr int64_t kTaskChannels = 256;
 

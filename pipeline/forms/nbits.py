@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from ...calibrate.qarray import Spec
+from ..graph import Lazy, by_rows
 from ..plan import Decision
 from . import FORMS, Workbench
 from .stored import replace_product, stored_weight
@@ -30,7 +31,7 @@ def insert_nbits(bench: Workbench, node: gs.Node, decisions: list[Decision]) -> 
     bits, size = weight.spec.format.bits, weight.spec.granularity.block_size
     arrays = {
         "scales": (weight.scale, "FLOAT"),
-        f"Q{bits}": (pack_blocks(_unsigned(weight.codes, weight.spec), bits, size), "UINT8"),
+        f"Q{bits}": (_packed(weight.codes, weight.spec), "UINT8"),
     }
     if weight.zero is not None and not weight.spec.symmetric:
         arrays["zero_points"] = _zero_points(weight.zero, weight.spec)
@@ -42,6 +43,13 @@ def insert_nbits(bench: Workbench, node: gs.Node, decisions: list[Decision]) -> 
     outputs, depth = weight.codes.shape
     attrs = {"K": depth, "N": outputs, "bits": bits, "block_size": size, "accuracy_level": bench.accuracy_level}
     replace_product(bench, node, "MatMulNBits", inputs, attrs)
+
+
+def _packed(codes: Array | Lazy, spec: Spec) -> Array | Lazy:
+    """Return codes [N, K] as the operator takes them; those that are made when they are read are packed then too."""
+    bits, size = spec.format.bits, spec.granularity.block_size
+    shape = (codes.shape[0], -(-codes.shape[1] // size), size * bits // 8)
+    return by_rows(lambda rows: pack_blocks(_unsigned(rows, spec), bits, size), codes, shape, np.uint8)
 
 
 def _zero_points(zero: Array, spec: Spec) -> tuple[Array, str]:

@@ -2,7 +2,7 @@
 
 Its optimizer makes one Gemm of ``MatMul -> Add`` where both are matrices, a bias or another activation alike, before it
 looks for quantizers; and a Gemm whose addend is no int32 computes in float, behind DequantizeLinear of its weight,
-three times as slow as the float model. It leaves Sum alone, which computes the same of two operands.
+slower than the float model. It leaves Sum alone, which computes the same of two operands.
 
 Source: ONNX operator Sum; ONNX Runtime 1.31, MatMulAddFusion and its optimized graphs.
 """

@@ -1,0 +1,39 @@
+"""Run a command as if this processor had AVX2 and nothing newer.
+
+    python tests/bench/avx2_only.py COMMAND [ARGUMENT ...]
+
+ONNX Runtime, numpy and the plugin choose their code by what the processor says it has. What they do on AVX2 can so be
+tried and timed on a newer one: the instructions are those of AVX2, clock and caches are not.
+Needs Linux on x86-64 with a C compiler (``$CC``, default ``cc``) and a processor that lets CPUID trap.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+SOURCE = Path(__file__).with_suffix(".c")
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Return the environment in which processes see AVX2 only; the library that does it is built in ``folder``."""
+    library = folder / "avx2_only.so"
+    subprocess.run(
+        [os.environ.get("CC", "cc"), "-O2", "-Wall", "-shared", "-fPIC", str(SOURCE), "-o", str(library)], check=True
+    )
+    return {**os.environ, "LD_PRELOAD": str(library)}
+
+
+def main() -> None:
+    """Run the command and exit as it does."""
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    with tempfile.TemporaryDirectory() as folder:
+        sys.exit(subprocess.run(sys.argv[1:], env=environment(Path(folder)), check=False).returncode)
+
+
+if __name__ == "__main__":
+    main()

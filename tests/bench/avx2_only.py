@@ -4,12 +4,15 @@
 
 ONNX Runtime, numpy and the plugin choose their code by what the processor says it has. What they do on AVX2 can so be
 tried and timed on a newer one: the instructions are those of AVX2, clock and caches are not.
-Needs Linux on x86-64 with a C compiler (``$CC``, default ``cc``) and a processor that lets CPUID trap.
+Needs Linux on x86-64 with a C compiler (``$CC``, default ``cc``) and a processor that lets CPUID trap; exits with 5
+where that is missing.
 """
 
 from __future__ import annotations
 
 import os
+import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,10 +23,11 @@ SOURCE = Path(__file__).with_suffix(".c")
 
 def environment(folder: Path) -> dict[str, str]:
     """Return the environment in which processes see AVX2 only; the library that does it is built in ``folder``."""
-    library = folder / "avx2_only.so"
-    subprocess.run(
-        [os.environ.get("CC", "cc"), "-O2", "-Wall", "-shared", "-fPIC", str(SOURCE), "-o", str(library)], check=True
-    )
+    compiler, library = os.environ.get("CC", "cc"), folder / "avx2_only.so"
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64") or shutil.which(compiler) is None:
+        print(f"avx2_only: needs Linux on x86-64 and a C compiler ({compiler!r}; $CC names another)", file=sys.stderr)
+        sys.exit(5)
+    subprocess.run([compiler, "-O2", "-Wall", "-shared", "-fPIC", str(SOURCE), "-o", str(library)], check=True)
     return {**os.environ, "LD_PRELOAD": str(library)}
 
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime as it is on a processor with AVX2 only: it saturates there, and what the target's rules make does not."""
+"""ONNX Runtime on a processor with AVX2 only: it saturates there, and what the target's rules make does not."""
 
 from __future__ import annotations
 

@@ -34,7 +34,8 @@ def environment(folder: Path) -> dict[str, str]:
 def main() -> None:
     """Run the command and exit as it does."""
     if len(sys.argv) < 2:
-        sys.exit(__doc__)
+        print(__doc__)
+        return
     with tempfile.TemporaryDirectory() as folder:
         sys.exit(subprocess.run(sys.argv[1:], env=environment(Path(folder)), check=False).returncode)
 

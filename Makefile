@@ -52,7 +52,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 $(VENV)/.tested: $(VENV)/.installed
-	$(PIP) install --quiet -e '.[models,test,conformance,cluster]'
+	$(PIP) install --quiet -e '.[models,test,conformance,cluster,ray]'
 	touch $@
 
 clean:

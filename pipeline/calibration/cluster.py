@@ -82,4 +82,4 @@ def _ray(address: str) -> contextlib.AbstractContextManager[Any]:
 
 
 _KINDS: dict[str, Callable[[str], contextlib.AbstractContextManager[Any]]] = {"dask": _dask, "ray": _ray}
-_PACKAGES = {"dask": "'qpipe[cluster]'", "ray": "ray"}
+_PACKAGES = {"dask": "'qpipe[cluster]'", "ray": "'qpipe[ray]'"}

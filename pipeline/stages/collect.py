@@ -88,7 +88,7 @@ class CollectOptions:
         checkpoints: None for nothing saved.
         identity: The model that the statistics are for, where that is not the one that runs.
         progress: Told the number of samples and the samples per second as the run goes.
-        warn: Told what is odd about the data.
+        warn: Told what is odd about the data or the run.
     """
 
     details: Mapping[str, Detail] = field(default_factory=dict)
@@ -235,7 +235,7 @@ class _Run:
                 sent.append(self._count(group))
                 yield group
 
-        for results in observe_in_parallel(path, job, self._options.workers, groups()):
+        for results in observe_in_parallel(path, job, self._options.workers, groups(), self._options.warn):
             for stats in results:
                 self._observers.add(stats)
             yield sent.popleft()

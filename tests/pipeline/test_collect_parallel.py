@@ -44,10 +44,11 @@ def batches(count: int = 23) -> Iterator[dict[str, np.ndarray]]:
         yield {"x": rng.standard_normal((1 + index % 5, 64)).astype(np.float32)}
 
 
-def run(model: Path, path: Path, workers: int, data=None, details: bool = True, **checkpoints) -> bytes:
+def run(model: Path, path: Path, workers: int, data=None, details: bool = True, warn=None, **checkpoints) -> bytes:
     options = CollectOptions(
         details={"x": Detail(gram=True), "a": Detail()} if details else {},
         workers=workers,
+        warn=warn,
         checkpoints=Checkpoints(path=path, **checkpoints),
     )
     collect(model, TENSORS, batches() if data is None else data, options)
@@ -95,6 +96,39 @@ def test_an_error_in_a_process_is_the_users_error(model):
     spoiled = [*batches(3), {"x": np.full((1, 64), np.nan, np.float32)}]
     with pytest.raises(DataError, match="output 'y' is not finite"):
         collect(model, TENSORS, spoiled, CollectOptions(workers=2))
+
+
+class Deadly:
+    """Ends the process that receives it."""
+
+    def __reduce__(self) -> tuple:
+        return os._exit, (1,)
+
+
+def test_a_lost_process_costs_nothing_but_time(model, tmp_path):
+    pytest.importorskip("joblib")
+    psutil = pytest.importorskip("psutil")
+    one = run(model, tmp_path / "one.qcal", 1)
+    lost, said = [], []
+
+    def killing() -> Iterator[dict[str, np.ndarray]]:
+        for index, batch in enumerate(batches()):
+            if index == 14:
+                lost.extend(p for p in psutil.Process().children() if "LokyProcess" in " ".join(p.cmdline()))
+                lost[0].kill()
+            yield batch
+
+    assert run(model, tmp_path / "two.qcal", 2, data=killing(), warn=said.append) == one
+    assert lost
+    assert [words for words in said if "died" in words], said
+
+
+def test_batches_that_kill_every_process_are_given_up(model):
+    pytest.importorskip("joblib")
+    job = parallel.Job(tensors=tuple(TENSORS))
+    groups = [list(batches(1)), [{"x": Deadly()}]]
+    with pytest.raises(EnvironmentError_, match="died 3 times at the same batches"):
+        list(parallel.observe_in_parallel(str(model), job, 2, groups))
 
 
 def test_without_joblib_the_remedy_is_named(model, monkeypatch):
@@ -157,16 +191,30 @@ def test_the_command_line_uses_a_cluster_whose_workers_have_threads(model, tmp_p
 
 
 @pytest.mark.slow
-def test_a_ray_cluster_writes_the_bytes_of_one(model, tmp_path):
-    pytest.importorskip("ray")
+def test_a_ray_cluster_that_loses_a_worker_writes_the_bytes_of_one(model, tmp_path):
+    ray = pytest.importorskip("ray")
+    psutil = pytest.importorskip("psutil")
     one = run(model, tmp_path / "one.qcal", 1)
+    lost = []
+
+    def killing() -> Iterator[dict[str, np.ndarray]]:
+        for index, batch in enumerate(batches()):
+            if index == 20:
+                lost.extend(p for p in psutil.process_iter(["name"]) if p.info["name"].startswith("ray::PoolActor"))
+                lost[0].kill()
+            yield batch
+
     options = CollectOptions(
         details={"x": Detail(gram=True), "a": Detail()},
         workers=2,
         cluster="ray",
         checkpoints=Checkpoints(path=tmp_path / "two.qcal"),
     )
-    collect(model, TENSORS, batches(), options)
+    try:
+        collect(model, TENSORS, killing(), options)
+    finally:
+        ray.shutdown()
+    assert lost
     assert (tmp_path / "two.qcal").read_bytes() == one
 
 

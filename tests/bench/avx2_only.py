@@ -2,8 +2,8 @@
 
     python tests/bench/avx2_only.py COMMAND [ARGUMENT ...]
 
-ONNX Runtime, numpy, the plugin and qpipe's own target choose their code by what the processor says it has. What they do on AVX2 can so be
-tried and timed on a newer one: the instructions are those of AVX2, clock and caches are not.
+ONNX Runtime, numpy, the plugin and qpipe's own target choose their code by what the processor says it has. What they do
+on AVX2 can so be tried and timed on a newer one: the instructions are those of AVX2, clock and caches are not.
 Needs Linux on x86-64 with a C compiler (``$CC``, default ``cc``) and a processor that lets CPUID trap; exits with 5
 where that is missing.
 """

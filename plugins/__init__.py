@@ -33,9 +33,9 @@ ENTRY_POINTS = (
     "qpipe_info",
     "qpipe_range_stats_channels",
     "qpipe_range_stats_clear",
-    "qpipe_range_stats_clear_channels",
     "qpipe_range_stats_read",
     "qpipe_range_stats_release",
+    "qpipe_range_stats_take_channels",
 )
 """Everything that the library exports. One that lacks some was built from other sources than these."""
 

@@ -9,6 +9,7 @@ Letters: ``n`` non-empty bins; a page is one sign and exponent, 128 bins.
 from __future__ import annotations
 
 import dataclasses
+import threading
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -183,9 +184,10 @@ class HistogramObserver:
         self._page_of = np.full(BINS // _PAGE, -1, np.int16)  # page of each sign and exponent, -1 for none yet
         self._low_bits = 0
         self._extrema = Extrema()
+        self._lock = threading.Lock()
 
     def update(self, x: npt.NDArray[Any]) -> None:
-        """Count every value of ``x``, of any shape.
+        """Count every value of ``x``, of any shape. Several threads may do so at a time.
 
         Args:
             x: float32, float16, bfloat16 (both widened without loss) or float64, which is rounded to float32 first;
@@ -197,12 +199,16 @@ class HistogramObserver:
         flat = as_float32(x)
         for first in range(0, flat.size, _CHUNK):
             kept, extrema = measure(flat[first : first + _CHUNK], self._sentinel)
-            self._extrema = self._extrema.merge(extrema)
-            if self._low_bits != _ALL_LOW_BITS:
-                self._low_bits |= int(np.bitwise_or.reduce(kept.view(np.uint32))) & _ALL_LOW_BITS
+            low_bits = self._low_bits
+            if low_bits != _ALL_LOW_BITS:
+                low_bits = int(np.bitwise_or.reduce(kept.view(np.uint32))) & _ALL_LOW_BITS
             # The upper halves: every platform of ONNX Runtime is little-endian.
             ids = kept.view(np.uint16)[1::2].astype(np.intp)
-            self._add(np.bincount(ids, minlength=BINS), len(ids))
+            dense = np.bincount(ids, minlength=BINS)
+            with self._lock:
+                self._extrema = self._extrema.merge(extrema)
+                self._low_bits |= low_bits
+                self._add(dense, len(ids))
 
     def add(self, histogram: Histogram) -> None:
         """Count every value that ``histogram`` has counted."""

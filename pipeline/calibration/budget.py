@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from ..data import Batch
 from ..data.feed import cut, samples_in
 from .limits import survey
 from .probe import Probe
+
+
+class Piece(NamedTuple):
+    """What one run is given, and the bytes of all the activations that it will make, as far as known."""
+
+    batch: Batch
+    nbytes: int
 
 
 class Budget:
@@ -22,9 +31,10 @@ class Budget:
         self._max_memory = max_memory
         self._batch_bytes = batch_bytes
         self._judged = 0
-        self._ratio = 0.0
+        self._fetched = 0.0  # bytes per byte of a batch
+        self._made = 0.0
 
-    def pieces(self, batch: Batch) -> list[Batch]:
+    def pieces(self, batch: Batch) -> list[Piece]:
         """Return the batch, or parts of it along its first axis.
 
         Raises:
@@ -34,12 +44,16 @@ class Budget:
         if size >= 2 * self._judged:
             known = survey(self._probe.skeleton(), batch, self._max_memory)
             self._judged = size
-            self._ratio = sum(known[name].nbytes for name in self._probe.fetched if name in known) / max(size, 1)
-        count = min(-(-int(size * self._ratio) // self._batch_bytes), samples_in(batch))
+            self._fetched = sum(known[name].nbytes for name in self._probe.fetched if name in known) / max(size, 1)
+            self._made = sum(one.nbytes for one in known.values()) / max(size, 1)
+        count = min(-(-int(size * self._fetched) // self._batch_bytes), samples_in(batch))
         if count <= 1 or not self._probe.can_split:
-            return [batch]
+            return [self._piece(batch)]
         step = -(-samples_in(batch) // count)
-        return [cut(batch, start, start + step) for start in range(0, samples_in(batch), step)]
+        return [self._piece(cut(batch, start, start + step)) for start in range(0, samples_in(batch), step)]
+
+    def _piece(self, batch: Batch) -> Piece:
+        return Piece(batch, int(nbytes(batch) * self._made))
 
 
 def nbytes(batch: Batch) -> int:

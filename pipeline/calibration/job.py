@@ -29,10 +29,12 @@ class Job:
         allow_nonfinite: Accept NaN and infinities in the model's outputs.
         device: As for `make_session`.
         threads: As for `make_session`; as many threads count, between runs.
+        lanes: Batches that run at a time; fewer where they would not fit `batch_bytes` together, one where each would
+            take memory of another kind: a device's, a large model's weights, matrices over channels.
         native: Count inside the graph where the plugin can; the result is the same.
         op_libraries: As for `SessionExtras`.
         tensor_bytes: Refuse a model that makes a tensor of more.
-        batch_bytes: Bytes of activations that one run may hand out.
+        batch_bytes: Bytes of activations that one run may hand out, and that runs at a time may make.
     """
 
     tensors: tuple[str, ...]
@@ -41,6 +43,7 @@ class Job:
     allow_nonfinite: bool = False
     device: str = "cpu"
     threads: int | None = None
+    lanes: int = 1
     native: bool = True
     op_libraries: tuple[Path, ...] = ()
     tensor_bytes: int = field(default_factory=machine_memory)

@@ -65,7 +65,7 @@ class Counters:
         return found
 
     def take_sums(self) -> Stats:
-        """Return the sums per channel since they were last taken; what is no sum stays where it is."""
+        """Return the sums per channel of runs of this thread since they were last taken; the rest stays where it is."""
         from ...plugins.range_stats.op import take_channels
 
         sums = {name: take_channels(self._keys[name]) for name in self._with_channels}

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from ...calibrate.stats.channel_amax import ChannelAmax
 from ...calibrate.stats.extrema import SENTINEL
 from ...calibrate.stats.gram import Gram
-from ...calibrate.stats.histogram import HistogramObserver
+from ...calibrate.stats.histogram import Histogram, HistogramObserver
 from ...calibrate.stats.tokens import Window, as_tokens
 from .record import TensorStats
 
@@ -54,13 +54,15 @@ class TensorObserver:
         self._channels: ChannelAmax | None = None
         self._gram: Gram | None = None
 
-    def update(self, x: npt.NDArray[Any]) -> None:
-        """Observe one batch; arrays without elements change nothing."""
+    def count(self, x: npt.NDArray[Any]) -> TensorStats | None:
+        """Count one batch, and return what has to be added in the order of the batches; None for nothing."""
         if x.size == 0:
-            return
+            return None
         self._histogram.update(x)
-        if self._detail is not None:
-            self._grow(*self._detail.of(x, self._sentinel))
+        if self._detail is None:
+            return None
+        channels, gram = self._detail.of(x, self._sentinel)
+        return TensorStats(histogram=Histogram.empty(), channels=channels, gram=gram)
 
     def add(self, stats: TensorStats) -> None:
         """Take over what another observer has seen."""
@@ -100,9 +102,10 @@ class Observers:
         self._same = same
         self._observers = {n: TensorObserver(details.get(n), sentinels[n]) for n in tensors if n not in same}
 
-    def update(self, name: str, x: npt.NDArray[np.generic]) -> None:
-        """Observe one tensor of one batch."""
-        self._observers[name].update(x)
+    def count(self, name: str, x: npt.NDArray[np.generic]) -> Stats:
+        """Count one tensor of one batch, in any thread; return its sums, to be added in the order of the batches."""
+        sums = self._observers[name].count(x)
+        return {} if sums is None else {name: sums}
 
     def add(self, stats: Stats) -> None:
         """Take over statistics of other observers."""

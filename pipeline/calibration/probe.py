@@ -22,7 +22,7 @@ from .expose import Exposed, expose
 from .job import Job
 from .limits import survey
 from .moved import moved
-from .native import countable, counters_of
+from .native import CountersOnDevice, countable, counters_of
 
 IN_MEMORY = 3 * 2**29
 """Bytes of a model up to which a runtime may hold its weights, packed for its kernels."""
@@ -49,6 +49,7 @@ class Probe:
         lifted: Watched tensors that come out of a body flat: their axes are gone.
         same: Watched tensors that are not had because they hold the values of another one, and which.
         sentinels: Magnitude from which finite values are masks, by watched tensor that is had.
+        lanes: How many threads may `run` at a time.
 
     Raises:
         QpipeError: As `make_session`.
@@ -72,6 +73,11 @@ class Probe:
         mapped, folder = built.nbytes > IN_MEMORY, place_weights(built)
         if folder is not None:
             config["session.model_external_initializers_file_folder_path"] = str(folder)
+        # Matrices of one batch are as large as those of all, and a device counts one batch at a time.
+        alone = mapped or job.device != "cpu" or isinstance(self.counters, CountersOnDevice)
+        self.lanes = 1 if alone or any(detail.gram for detail in job.details.values()) else job.lanes
+        if self.lanes > 1:
+            config["session.intra_op.allow_spinning"] = "0"  # threads that wait busily would take cores from the others
         data = built.proto.SerializeToString()
         del built, graph
         extras = SessionExtras(config=config, op_libraries=job.op_libraries, mapped=mapped, ragged=True, eager=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,8 +13,9 @@ import numpy.typing as npt
 from ...calibrate.errors import DataError
 from ...calibrate.stats.extrema import as_float32, measure
 from ..graph import Model
-from .budget import Budget
+from .budget import Budget, Piece
 from .job import Job
+from .lanes import Hold, Room, in_lanes, never
 from .observe import Observers, Stats
 from .probe import Batch, Probe
 
@@ -37,6 +39,7 @@ class Runner:
         self._job = job
         self._probe = Probe(model, job)
         self._budget = Budget(self._probe, job.tensor_bytes, job.batch_bytes)
+        self._room = Room(job.batch_bytes)
         # Flat tensors have no channels any more.
         self._details = {name: d for name, d in job.details.items() if name not in self._probe.lifted}
         self._counters = ThreadPoolExecutor(job.threads or min(os.cpu_count() or 1, _MAX_COUNTERS))
@@ -47,15 +50,27 @@ class Runner:
         """Return observers that have seen nothing."""
         return Observers(self.tensors, self._details, self._probe.sentinels, self._probe.same)
 
-    def observe(self, batch: Batch, observers: Observers) -> None:
-        """Run one batch and count its activations; `settle` completes the observers.
+    def observe(self, batches: Iterable[Batch], observers: Observers, hold: Hold = never) -> Iterator[bool]:
+        """Run batches and count their activations; `settle` completes the observers.
+
+        Args:
+            batches: Arrays by input; they must not change once they are handed out.
+            observers: What counts.
+            hold: See `in_lanes`.
+
+        Yields:
+            For each batch, in order, whether the observers have seen it and those before it and nothing else.
 
         Raises:
-            DataError: The batch does not fit, or an output of the model is not finite.
+            DataError: A batch does not fit, or an output of the model is not finite.
             ModelError: The model fails, or would take too much memory.
         """
-        for piece in self._budget.pieces(batch):
-            self._observe(piece, observers)
+        # Cut in this thread: where, depends on the batches before.
+        steps = (functools.partial(self._observe, self._budget.pieces(b), observers) for b in batches)
+        for sums, is_all in in_lanes(steps, self._probe.lanes, hold):
+            for one in sums:
+                observers.add(one)
+            yield is_all
 
     def settle(self, observers: Observers) -> None:
         """Bring into ``observers`` what was counted inside the graph since the last time."""
@@ -72,28 +87,44 @@ class Runner:
         results = []
         for batch in batches:
             for piece in self._budget.pieces(batch):
-                self._observe(piece, observers)
+                observers.add(self._run(piece.batch, observers))
                 if self._details:
                     results.append(observers.result())
                     observers = self.observers()
         self.settle(observers)
         return [*results, observers.result()]
 
-    def _observe(self, piece: Batch, observers: Observers) -> None:
+    def _observe(self, pieces: list[Piece], observers: Observers) -> list[Stats]:
+        """Count the activations of each piece; return its float sums that are yet to be added, in order."""
+        sums = []
+        for piece in pieces:
+            with self._room.of(piece.nbytes):
+                sums.append(self._run(piece.batch, observers))
+        return sums
+
+    def _run(self, batch: Batch, observers: Observers) -> Stats:
+        sums: Stats = {}
         counting = []
-        for name, array, is_output in self._probe.run(piece):
+        for name, array, is_output in self._probe.run(batch):
             if is_output:
                 self._judge_output(name, array)
             elif array.size >= _LARGE:  # numpy counts without holding Python's lock
-                counting.append(self._counters.submit(observers.update, name, array))
+                counting.append(self._counters.submit(self._count, name, array, observers))
             else:
-                observers.update(name, array)
+                sums |= self._count(name, array, observers)
             del array
-        for done in counting:
-            done.result()
+        for counted in counting:
+            sums |= counted.result()
         if self._probe.counters is not None:
-            # After each run, so that the float sums of all runs are added in one and the same order.
-            observers.add(self._probe.counters.take_sums())
+            sums |= self._probe.counters.take_sums()
+        return sums
+
+    def _count(self, name: str, array: npt.NDArray[Any], observers: Observers) -> Stats:
+        sums = observers.count(name, array)
+        if self._probe.lanes > 1:
+            return sums
+        observers.add(sums)  # nothing comes before it, and matrices of all tensors would take much memory
+        return {}
 
     def _judge_output(self, name: str, array: npt.NDArray[Any]) -> None:
         if self._job.allow_nonfinite:

@@ -8,24 +8,25 @@ exactly, so that several processes find what one would have found.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import onnx
 
-from ...calibrate.errors import DataError, WriteError
+from ...calibrate.errors import DataError
 from ...calibrate.stats.extrema import HALF_SENTINEL, MAX_NONFINITE, SENTINEL
 from ..calibration import Calibration, ModelIdentity, identify
-from ..calibration import load as load_qcal
-from ..calibration import save as save_qcal
+from ..calibration.checkpoints import Checkpoints, Saver
 from ..calibration.cluster import cluster_for_joblib
 from ..calibration.job import Job
+from ..calibration.lanes import Hold
 from ..calibration.masks import masked_tensors
 from ..calibration.observe import Detail, Stats
 from ..calibration.parallel import observe_in_parallel
@@ -36,6 +37,7 @@ from ..data.signature import to_array
 from ..environment import installed
 from ..graph import Model, all_graphs, constants, from_proto, load, save, stored_size
 from ..graph.constants import FileValues
+from ..graph.parallel import cores
 from ..interrupts import Interrupted, StopRequest
 from ..session import load_onnxruntime
 from .floats import float32_twin, without_bfloat16
@@ -45,26 +47,7 @@ _LARGE = 2**28
 """Bytes of weights that lie in no file from which they are written to one: a runtime would be handed several copies."""
 
 _GROUP = 4  # batches per task of a worker
-_SAVING_SHARE = 0.05  # of the time, at most
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoints:
-    """Where statistics are saved, during a run and at its end.
-
-    Attributes:
-        path: The ``.qcal`` file.
-        resume: Go on from the file if it is there; the data must be the same from its start.
-        force: Replace an existing file.
-        batches: Save after so many batches, None for no such rule.
-        seconds: Save after so many seconds; less often where saving takes long.
-    """
-
-    path: Path
-    resume: bool = False
-    force: bool = False
-    batches: int | None = None
-    seconds: float = 30.0
+_LANES = 4  # batches at a time in one process, at most: each takes the memory of its activations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +138,7 @@ def collect(
     )
     with contextlib.ExitStack() as stack:
         alone = options.workers == 1 and options.cluster is None
+        job = dataclasses.replace(job, lanes=default_lanes(options.threads) if alone else 1)
         if _in_memory(model) > _LARGE if alone else not path:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qpipe-model-"))
             path = str(save(model, Path(folder) / "model.onnx", external_threshold=0)[-1])
@@ -162,9 +146,14 @@ def collect(
         run = _Run(model, Runner(model, job), options, identity)
         stop = stack.enter_context(StopRequest())
         if alone:
-            return run.over(batches, run.one_by_one, stop)
+            return run.over(batches, run.in_lanes, stop)
         stack.enter_context(cluster_for_joblib(options.cluster))
-        return run.over(batches, lambda stream: run.in_parallel(stream, path, job), stop)
+        return run.over(batches, lambda stream, _: run.in_parallel(stream, path, job), stop)
+
+
+def default_lanes(threads: int | None = None) -> int:
+    """Return how many batches run at a time in a process of so many threads."""
+    return min(threads or cores(), _LANES)
 
 
 def _in_memory(model: Model) -> int:
@@ -181,6 +170,9 @@ class _Progress:
     skipped: int = 0
 
 
+_Steps = Generator[tuple[_Progress, bool], None, None]
+
+
 class _Run:
     def __init__(self, model: Model, runner: Runner, options: CollectOptions, identity: ModelIdentity) -> None:
         self._model = model
@@ -195,23 +187,29 @@ class _Run:
     def over(
         self,
         batches: Iterable[Batch],
-        observe: Callable[[Iterator[Batch]], Iterator[_Progress]],
+        observe: Callable[[Iterator[Batch], Hold], _Steps],
         stop: StopRequest,
     ) -> Calibration:
-        """Observe all batches, saving on the way, until the data ends or ``stop`` is requested."""
-        saver = _Saver(self._options.checkpoints, self._result)
+        """Observe all batches, saving on the way, until the data ends or ``stop`` is requested.
+
+        ``observe`` yields how far it is, and whether nothing beyond has been counted: only then can be saved. It is
+        told, by a number of steps under way, whether it is to get there.
+        """
+        saver = Saver(self._options.checkpoints, self._result)
         stream = self._filled(batches)
         if (earlier := saver.earlier()) is not None:
             stream = self._go_on(earlier, stream)
         start, before = time.monotonic(), self._samples
-        for self._done in observe(stream):
-            if self._options.progress is not None:
-                rate = (self._samples - before) / max(time.monotonic() - start, 1e-9)
-                self._options.progress(self._samples, rate)
-            if stop.signum:
-                saver.save()
-                raise Interrupted(f"stopped after {self._samples} samples", stop.signum)
-            saver.tick()
+        steps = observe(stream, lambda ahead: bool(stop.signum) or saver.due(ahead))
+        with contextlib.closing(steps):
+            for self._done, is_all in steps:
+                if self._options.progress is not None:
+                    rate = (self._samples - before) / max(time.monotonic() - start, 1e-9)
+                    self._options.progress(self._samples, rate)
+                if stop.signum and is_all:
+                    saver.save()
+                    raise Interrupted(f"stopped after {self._samples} samples", stop.signum)
+                saver.tick(is_all)
         self._done.skipped = self._skipped
         if not self._samples:
             raise _no_samples(self._skipped)
@@ -220,13 +218,19 @@ class _Run:
         saver.save()
         return result
 
-    def one_by_one(self, stream: Iterator[Batch]) -> Iterator[_Progress]:
+    def in_lanes(self, stream: Iterator[Batch], hold: Hold) -> _Steps:
         """Observe in this process."""
-        for batch in stream:
-            self._runner.observe(batch, self._observers)
-            yield self._count([batch])
+        sent: deque[_Progress] = deque()
 
-    def in_parallel(self, stream: Iterator[Batch], path: str, job: Job) -> Iterator[_Progress]:
+        def taken() -> Iterator[Batch]:
+            for batch in stream:
+                sent.append(self._count([batch]))
+                yield {name: value.copy() for name, value in batch.items()}  # its owner may fill it with the next
+
+        for is_all in self._runner.observe(taken(), self._observers, hold):
+            yield sent.popleft(), is_all
+
+    def in_parallel(self, stream: Iterator[Batch], path: str, job: Job) -> _Steps:
         """Observe in other processes, and add up what they find in the order of the data."""
         sent: deque[_Progress] = deque()
 
@@ -238,7 +242,7 @@ class _Run:
         for results in observe_in_parallel(path, job, self._options.workers, groups(), self._options.warn):
             for stats in results:
                 self._observers.add(stats)
-            yield sent.popleft()
+            yield sent.popleft(), True
 
     @property
     def _samples(self) -> int:
@@ -300,46 +304,6 @@ class _Run:
             versions={"onnxruntime": load_onnxruntime().__version__, "qpipe": installed("qpipe") or ""},
             not_covered=self._runner.not_covered,
         )
-
-
-class _Saver:
-    def __init__(self, options: Checkpoints | None, result: Callable[[], Calibration]) -> None:
-        self._options = options
-        self._result = result
-        self._batches = 0
-        self._saved_at = time.monotonic()
-        self._took = 0.0
-        if options is not None and options.path.exists() and not (options.force or options.resume):
-            raise WriteError(
-                "the target exists already",
-                where=str(options.path),
-                do="give --resume to go on with it, --force to replace it, or another name with -o",
-            )
-
-    def earlier(self) -> Calibration | None:
-        """Return what an earlier run has saved, if it is to be resumed."""
-        if self._options is None or not self._options.resume or not self._options.path.exists():
-            return None
-        return load_qcal(self._options.path)
-
-    def tick(self) -> None:
-        """Count one step, and save when it is time."""
-        if self._options is None:
-            return
-        self._batches += 1
-        passed = time.monotonic() - self._saved_at
-        due = passed >= max(self._options.seconds, self._took / _SAVING_SHARE)
-        if due or (self._options.batches is not None and self._batches >= self._options.batches):
-            self.save()
-
-    def save(self) -> None:
-        """Save now."""
-        if self._options is None:
-            return
-        start = time.monotonic()
-        save_qcal(self._result(), self._options.path, force=True)
-        self._batches, self._saved_at = 0, time.monotonic()
-        self._took = self._saved_at - start
 
 
 def judge(tensors: Stats, options: CollectOptions, model: Model) -> None:

@@ -159,6 +159,22 @@ std::vector<const OrtCustomOp*> range_stats_cpu_ops() {
 
 }  // namespace qpipe
 
+namespace {
+
+int64_t copy_channels(const qpipe::range_stats::Channels& channels, int64_t capacity, float* amax, double* total,
+                      double* energy, int64_t* tokens) {
+    const auto count = static_cast<int64_t>(channels.amax.size());
+    if (count <= capacity) {
+        std::copy(channels.amax.begin(), channels.amax.end(), amax);
+        std::copy(channels.total.begin(), channels.total.end(), total);
+        std::copy(channels.energy.begin(), channels.energy.end(), energy);
+        *tokens = channels.tokens;
+    }
+    return count;
+}
+
+}  // namespace
+
 #define QPIPE_EXPORT __attribute__((visibility("default")))
 
 extern "C" {
@@ -182,24 +198,21 @@ QPIPE_EXPORT int qpipe_range_stats_read(int64_t key, int64_t* dense, int64_t* fa
 QPIPE_EXPORT int64_t qpipe_range_stats_channels(int64_t key, int64_t capacity, float* amax, double* total,
                                                 double* energy, int64_t* tokens) {
     const auto state = qpipe::range_stats::Registry::instance().find(key);
+    return state ? copy_channels(state->channels(), capacity, amax, total, energy, tokens) : 0;
+}
+
+// The same of runs that the calling thread started; what was copied is forgotten.
+QPIPE_EXPORT int64_t qpipe_range_stats_take_channels(int64_t key, int64_t capacity, float* amax, double* total,
+                                                     double* energy, int64_t* tokens) {
+    const auto state = qpipe::range_stats::Registry::instance().find(key);
     if (!state) return 0;
-    const qpipe::range_stats::Channels channels = state->channels();
-    const auto count = static_cast<int64_t>(channels.amax.size());
-    if (count <= capacity) {
-        std::copy(channels.amax.begin(), channels.amax.end(), amax);
-        std::copy(channels.total.begin(), channels.total.end(), total);
-        std::copy(channels.energy.begin(), channels.energy.end(), energy);
-        *tokens = channels.tokens;
-    }
+    const int64_t count = copy_channels(state->own_channels(), capacity, amax, total, energy, tokens);
+    if (count <= capacity) state->forget_own_channels();
     return count;
 }
 
 QPIPE_EXPORT void qpipe_range_stats_clear(int64_t key) {
     if (const auto state = qpipe::range_stats::Registry::instance().find(key)) state->clear();
-}
-
-QPIPE_EXPORT void qpipe_range_stats_clear_channels(int64_t key) {
-    if (const auto state = qpipe::range_stats::Registry::instance().find(key)) state->clear_channels();
 }
 
 // Forget the key; a session that still uses it keeps its counters to itself.

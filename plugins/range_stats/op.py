@@ -6,7 +6,8 @@ The counters stay in the library, under the key, from run to run: no activation 
 What they hold is, bit for bit, what ``calibrate.stats.HistogramObserver`` and ``ChannelAmax`` hold after the same
 runs; that is the numpy reference (but for the sums of a tensor with one channel, which numpy adds pairwise).
 ``counted`` (int64 []) is the number of values, a graph output only so that the node is not removed; nobody has to
-fetch it. Runs of several threads may overlap; read between runs.
+fetch it. Runs of several threads may overlap; each thread takes the sums of its own (`take_channels`), the rest is
+read between runs.
 
 On CUDA the counters travel as a tensor instead (``RangeStats``, kernel.cu).
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,7 +111,7 @@ def read(key: int, *, clear: bool = False) -> tuple[Histogram, ChannelAmax | Non
         neg_inf=neg_inf,
         sentinel=sentinel,
     )
-    channels = _read_channels(lib, key)
+    channels = _copied(lib.qpipe_range_stats_channels, key)
     if clear:
         lib.qpipe_range_stats_clear(key)
     return Histogram.from_dense(dense, low_bits, extrema), channels
@@ -124,22 +125,18 @@ def release(keys: Iterable[int]) -> None:
 
 
 def take_channels(key: int) -> ChannelAmax | None:
-    """Return the magnitudes per channel that were summed under a key, None when there are none, and clear them only."""
-    lib = _functions()
-    channels = _read_channels(lib, key)
-    if channels is not None:
-        lib.qpipe_range_stats_clear_channels(key)
-    return channels
+    """Return the magnitudes per channel that runs of this thread summed, None when there are none, and clear them."""
+    return _copied(_functions().qpipe_range_stats_take_channels, key)
 
 
-def _read_channels(lib: ctypes.CDLL, key: int) -> ChannelAmax | None:
-    count = lib.qpipe_range_stats_channels(key, -1, None, None, None, None)
+def _copied(copy: Callable[..., int], key: int) -> ChannelAmax | None:
+    count = copy(key, -1, None, None, None, None)
     if not count:
         return None
     amax, total, energy = np.zeros(count, np.float32), np.zeros(count), np.zeros(count)
     tokens = np.zeros(1, np.int64)
     pointers = (_pointer(array) for array in (amax, total, energy, tokens))
-    lib.qpipe_range_stats_channels(key, count, *pointers)
+    copy(key, count, *pointers)
     return ChannelAmax(amax=amax, total=total, energy=energy, tokens=int(tokens[0]))
 
 
@@ -153,12 +150,11 @@ def _functions() -> ctypes.CDLL:
     key, pointer = ctypes.c_int64, ctypes.c_void_p
     lib.qpipe_range_stats_read.argtypes = [key, pointer, pointer, pointer]
     lib.qpipe_range_stats_read.restype = ctypes.c_int
-    lib.qpipe_range_stats_channels.argtypes = [key, ctypes.c_int64, pointer, pointer, pointer, pointer]
-    lib.qpipe_range_stats_channels.restype = ctypes.c_int64
+    for copy in (lib.qpipe_range_stats_channels, lib.qpipe_range_stats_take_channels):
+        copy.argtypes = [key, ctypes.c_int64, pointer, pointer, pointer, pointer]
+        copy.restype = ctypes.c_int64
     lib.qpipe_range_stats_clear.argtypes = [key]
     lib.qpipe_range_stats_clear.restype = None
-    lib.qpipe_range_stats_clear_channels.argtypes = [key]
-    lib.qpipe_range_stats_clear_channels.restype = None
     lib.qpipe_range_stats_release.argtypes = [key]
     lib.qpipe_range_stats_release.restype = None
     return lib

@@ -134,6 +134,19 @@ void Extrema::merge(const Extrema& other) {
     low_bits |= other.low_bits;
 }
 
+void Channels::merge(const Channels& other) {
+    if (amax.size() != other.amax.size()) {
+        *this = other;
+        return;
+    }
+    for (size_t c = 0; c < amax.size(); ++c) {
+        amax[c] = std::max(amax[c], other.amax[c]);
+        total[c] += other.total[c];
+        energy[c] += other.energy[c];
+    }
+    tokens += other.tokens;
+}
+
 void Table::Free::operator()(void* memory) const { std::free(memory); }
 
 Table::Table() : recent_(static_cast<uint32_t*>(zero_pages(kBins * kWays * sizeof(uint32_t)))) {}
@@ -242,16 +255,7 @@ void State::give_back(const std::vector<Table*>& tables) {
 
 void State::add_channels(const Channels& run) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (channels_.amax.size() != run.amax.size()) {
-        channels_ = run;
-        return;
-    }
-    for (size_t c = 0; c < run.amax.size(); ++c) {
-        channels_.amax[c] = std::max(channels_.amax[c], run.amax[c]);
-        channels_.total[c] += run.total[c];
-        channels_.energy[c] += run.energy[c];
-    }
-    channels_.tokens += run.tokens;
+    channels_[std::this_thread::get_id()].merge(run);
 }
 
 void State::read(int64_t* dense, Extrema& extrema) const {
@@ -262,18 +266,26 @@ void State::read(int64_t* dense, Extrema& extrema) const {
 
 Channels State::channels() const {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return channels_;
+    Channels all;
+    for (const auto& [thread, channels] : channels_) all.merge(channels);
+    return all;
+}
+
+Channels State::own_channels() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = channels_.find(std::this_thread::get_id());
+    return found == channels_.end() ? Channels{} : found->second;
 }
 
 void State::clear() {
     const std::lock_guard<std::mutex> lock(mutex_);
     for (const auto& table : tables_) table->clear();
-    channels_ = {};
+    channels_.clear();
 }
 
-void State::clear_channels() {
+void State::forget_own_channels() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    channels_ = {};
+    channels_.erase(std::this_thread::get_id());
 }
 
 Registry& Registry::instance() {

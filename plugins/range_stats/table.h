@@ -6,6 +6,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <thread>
 #include <vector>
 
 namespace qpipe::range_stats {
@@ -53,9 +54,12 @@ struct Channels {
     std::vector<float> amax;
     std::vector<double> total, energy;
     int64_t tokens = 0;
+
+    void merge(const Channels& other);
 };
 
-// All that is known of one tensor. Runs take tables, fill them and give them back.
+// All that is known of one tensor. Runs take tables, fill them and give them back. Float sums depend on the order of
+// runs, so that those of each thread that starts runs are kept apart: it can take them run by run.
 class State {
   public:
     std::vector<Table*> take(size_t count);
@@ -65,13 +69,14 @@ class State {
     void read(int64_t* dense, Extrema& extrema) const;
     Channels channels() const;
     void clear();
-    void clear_channels();
+    Channels own_channels() const;  // of runs that the calling thread started
+    void forget_own_channels();
 
   private:
     mutable std::mutex mutex_;
     std::vector<std::unique_ptr<Table>> tables_;
     std::vector<Table*> idle_;
-    Channels channels_;
+    std::map<std::thread::id, Channels> channels_;  // by the thread that starts runs: kernels are called in it
 };
 
 // States by key. A session's node and Python find each other here.

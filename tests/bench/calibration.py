@@ -39,7 +39,7 @@ from qpipe.pipeline.calibration.runner import Runner
 from qpipe.pipeline.graph import load
 from qpipe.pipeline.memory import peak_memory
 from qpipe.pipeline.session import make_session
-from qpipe.pipeline.stages.collect import CollectOptions, collect
+from qpipe.pipeline.stages.collect import CollectOptions, collect, default_lanes
 from qpipe.pipeline.stages.decide import wanted_tensors
 from qpipe.pipeline.stages.details import wanted_details
 from qpipe.pipeline.stages.needed import needed_tensors
@@ -74,7 +74,7 @@ class Way(NamedTuple):
         model = load(path)
         tensors = wanted_tensors(model.graph) if self.everything else needed_tensors(model.graph)
         details = wanted_details(model.graph, "channels" if self.channels else "none")
-        return Runner(model, Job(tensors=tuple(tensors), details=details, native=self.native))
+        return Runner(model, Job(tensors=tuple(tensors), details=details, native=self.native, lanes=default_lanes()))
 
 
 WAYS = [Way(native, c, e) for c, e in ((False, False), (True, False), (False, True)) for native in (True, False)]
@@ -142,8 +142,8 @@ def collecting(made: Runner, batches: list[Batch]) -> Callable[[], object]:
 
     def work() -> None:
         observers = made.observers()
-        for batch in batches:
-            made.observe(batch, observers)
+        for _ in made.observe(batches, observers):
+            pass
         made.settle(observers)
         observers.result()
 

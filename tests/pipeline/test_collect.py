@@ -267,7 +267,7 @@ def test_values_that_are_no_arrays():
 def test_an_output_that_is_not_finite_is_refused_at_once():
     x = data(1, 500)
     x[0, 0, 0] = np.nan
-    batches = iter([{"x": x}, {"x": data(1, 2)}])
+    batches = iter([{"x": x}, *({"x": data(1, 2)} for _ in range(20))])
     with pytest.raises(DataError, match="output 'y' is not finite"):
         collect(chain(), ["a"], batches)
     assert next(batches) is not None

@@ -20,7 +20,7 @@ from .observe import Observers, Stats
 from .probe import Batch, Probe
 
 _MAX_COUNTERS = 8
-_LARGE = 1 << 15  # values; below, handing an array to another thread costs as much as counting it
+_LARGE = 1 << 17  # values; below, handing an array to another thread costs as much as counting it
 
 
 class Runner:

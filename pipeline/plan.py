@@ -66,14 +66,14 @@ class Plan:
         groups: Tensor name -> name of the tensor whose scale it shares (itself when alone).
         target: Name of the target.
         recipe_hash: Of the recipe.
-        model_hash: Of the float model.
+        model_hash: Of the float model; it is known last.
     """
 
     decisions: tuple[Decision, ...]
     groups: dict[str, str]
     target: str
     recipe_hash: str
-    model_hash: str
+    model_hash: str = ""
 
     def quantized(self) -> list[Decision]:
         """Return the decisions that quantize."""

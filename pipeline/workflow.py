@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ import numpy.typing as npt
 from ..calibrate.errors import DataError, ModelError
 from .calibration import Calibration, identify
 from .calibration.job import machine_memory
-from .graph import Model, clone, load, model_hash, save
+from .graph import Model, begin_hash, clone, load, save
 from .qdq_check import check_qdq
 from .recipe import Recipe, make_recipe
 from .stages.collect import CollectOptions, collect
@@ -47,14 +47,19 @@ class Job:
     Attributes:
         model: Prepared; changed by `quantize`.
         path: The file it came from.
-        hash: Of the file's content.
+        hashing: Waits for `hash`, which threads compute from the time on when the file was loaded.
         rewritten: Whether the graph has tensors that the file lacks or holds other values for, so that it is what runs.
     """
 
     model: Model
     path: Path
-    hash: str
+    hashing: Callable[[], str]
     rewritten: bool = False
+
+    @property
+    def hash(self) -> str:
+        """The hash of the file's content, see `model_hash`."""
+        return self.hashing()
 
     @classmethod
     def open(cls, path: Path, *, convert: bool = False, inline: bool = False, allow_hardlinks: bool = False) -> Job:
@@ -71,12 +76,12 @@ class Job:
             UsageError: No such file.
         """
         model = load(path, allow_hardlinks=allow_hardlinks)
-        digest = model_hash(model)
+        hashing = begin_hash(model)
         original = model
         model = upgrade(model) if convert else model
         require_opset(model)
         model = inline_functions(model) if inline else model
-        return cls(model=prepare(model), path=path, hash=digest, rewritten=model is not original)
+        return cls(model=prepare(model), path=path, hashing=hashing, rewritten=model is not original)
 
     def balance(self, recipe: Recipe, calibration: Calibration | None) -> list[tuple[str, ...]]:
         """Equalize the weights of chains of layers if the recipe says ``cross_layer``, before statistics are collected.
@@ -146,7 +151,7 @@ class Job:
         Raises:
             ModelError: The result breaks a rule (a bug of qpipe); nothing should then be written.
         """
-        result = quantize_model(self.model, recipe, calibration, model_hash=self.hash, options=options)
+        result = quantize_model(self.model, recipe, calibration, model_hash=self.hashing, options=options)
         errors = [f for f in check_qdq(result.model, target=recipe.target) if f.severity == "error"]
         if errors:
             raise ModelError(

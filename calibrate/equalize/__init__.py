@@ -27,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError
-from ..qarray import Spec, dequantize, minmax_range, params_from_range
+from ..qarray import Spec, dequantize
 from ..registry import Registry
 from ..stats.channel_amax import ChannelAmax
 from ..weights import WeightMethod, WeightStats, gram_of, output_mse
@@ -126,31 +126,6 @@ def _weighed_mean_square(rows: F32, weights: F64) -> float:
     return float(sums.astype(np.float64) @ weights) / max(len(rows), 1)
 
 
-def expected_parts(w: Array, squares: F64, spec: Spec, stats: WeightStats, x_spec: Spec | None) -> tuple[float, float]:
-    """Return what `error_parts` returns, to a few percent and in a fifth of the time, without rounding any weight.
-
-    The error of a weight counts as evenly spread over its step, step^2 / 12, and as no more than the weight itself.
-
-    Args:
-        w: Weight [out, in].
-        squares: Sum of the squares of each column of ``w`` [in].
-        spec: How it is quantized; an integer format, no blocks.
-        stats: `channels` of its input.
-        x_spec: As for `error_parts`.
-    """
-    steps = params_from_range(minmax_range(w, spec.granularity), spec).scale.astype(np.float64)
-    energy, mean_squares = input_energy(w, stats), squares / max(len(w), 1)
-    weights = float(_mean_minimum(np.square(steps).reshape(-1) / 12, mean_squares) @ energy)
-    return weights, 0.0 if x_spec is None else float(mean_squares @ input_noise(energy, stats, x_spec))
-
-
-def _mean_minimum(a: F64, b: F64) -> F64:
-    """Return the mean over ``a [n]`` of ``min(a, b)``, as [m] for ``b [m]``, without an array of [n, m]."""
-    a = np.sort(a)
-    below = np.searchsorted(a, b)
-    return np.asarray((np.append(0.0, np.cumsum(a))[below] + b * (len(a) - below)) / len(a))
-
-
 def input_energy(w: Array, stats: WeightStats) -> F64:
     """Return the mean square of each channel of the input of ``w`` [out, in], as [in]."""
     channels = channels_of("the search of an equalizer", w, stats)
@@ -166,19 +141,9 @@ def input_noise(energy: F64, stats: WeightStats, x_spec: Spec) -> F64:
 
 def best_scale(candidates: list[F32], cost: Callable[[F32], float]) -> F32:
     """Return the candidate scale [in] with the smallest cost; among equals the first."""
-    return candidates[int(np.argmin(_costs(candidates, cost)))]
-
-
-def likeliest(candidates: list[F32], estimate: Callable[[F32], float], count: int) -> list[F32]:
-    """Return the ``count`` candidate scales [in] with the smallest estimates, in the order in which they were given."""
-    order = np.argsort(_costs(candidates, estimate), kind="stable")[:count]
-    return [candidates[index] for index in sorted(order)]
-
-
-def _costs(candidates: list[F32], cost: Callable[[F32], float]) -> list[float]:
-    """Return what each candidate costs; numpy's loops let other threads run, and each needs a copy of the weight."""
+    # numpy's loops let other threads run, and each needs a copy of the weight.
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:
-        return list(pool.map(cost, candidates))
+        return candidates[int(np.argmin(list(pool.map(cost, candidates))))]
 
 
 def bounded(scale: Array, live: Array) -> F32:

@@ -5,7 +5,7 @@ Letters: ``out``, ``in`` dimensions of the weight, ``j`` an input channel.
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from ..qarray import Spec
 from ..weights import WeightStats
-from ..weights.rtn import Rtn
-from . import EQUALIZERS, best_scale, bounded, channels_of, error_parts, expected_parts, likeliest
+from . import EQUALIZERS, bounded, channels_of
+from .layer_errors import LayerErrors
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
@@ -23,8 +23,8 @@ F32 = npt.NDArray[np.float32]
 _ALPHAS = np.linspace(0, 1, 21)
 _CEILINGS = 2.0 ** -np.arange(0.5, 4.1, 0.5)
 
-_FINALISTS = 4
-"""Candidates whose errors are computed; the others are ruled out by an estimate that is right to a few percent."""
+_FIRST_CEILING, _FIRST_ALPHA = 2, 15
+"""Places in both series, the first with no ceiling at 0, at which the search begins: most often the best is near."""
 
 WEIGHT_ERROR = 2.0
 """How much an error of weights counts beside one of activations in the search.
@@ -34,15 +34,31 @@ pooling; those of weights are the same for all tokens. On MiniLM factors from 1 
 """
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        scale: ``channel_scale`` [in].
+        before: Expected squared error of the layer's output without it, per token and output channel.
+        after: The same with it.
+    """
+
+    scale: F32
+    before: float
+    after: float
+
+
 @dataclass(frozen=True, slots=True)
 class SmoothQuant:
     """What: ``s_j = amax(x_j)^alpha / amax(w_j)^(1 - alpha)``.
 
     With alpha 1 all channels of x get one magnitude, with 0 all columns of w do; between, both get part of the burden.
 
-    Without an alpha, 0 to 1 in steps of 0.05 are tried per layer; no scale at all; and ``s_j = max(1, amax(x_j) / c)``
-    for ceilings c between 0.7 and 0.06 of the largest magnitude, which touches only the channels that stick out, hence
-    fewer weights. The smallest expected error of the output wins, with both x and w rounded as the specs say.
+    Without an alpha, 0 to 1 in steps of 0.05 are searched per layer; and ``s_j = max(1, amax(x_j) / c)`` for ceilings c
+    from none over 0.7 to 0.06 of the largest magnitude, which touches only the channels that stick out, hence fewer
+    weights. The smallest expected error of the output wins, with both x and w rounded as the specs say. In both series
+    errors fall to one place and rise behind it, so that each is followed only while they fall.
 
     When to use: 8-bit activations with one scale per tensor in transformers, where a few channels are many times
         larger than the others.
@@ -61,30 +77,35 @@ class SmoothQuant:
 
     def __call__(self, w: Array, spec: Spec, stats: WeightStats | None, x_spec: Spec | None) -> F32:
         """Return ``channel_scale`` [in] for ``w`` [out, in]."""
+        if self.alpha is None:
+            return self.search(w, spec, stats, x_spec).scale
         x_amax = channels_of("smoothquant", w, stats).amax.astype(np.float64)
-        w_amax = np.abs(w).max(axis=0, initial=0).astype(np.float64)
-        if self.alpha is not None:
-            return _migrate(x_amax, w_amax, self.alpha)
+        return _migrate(x_amax, np.abs(w).max(axis=0, initial=0).astype(np.float64), self.alpha)
+
+    def search(self, w: Array, spec: Spec, stats: WeightStats | None, x_spec: Spec | None) -> Found:
+        """Return the scale for ``w`` [out, in] and what it gains."""
+        x_amax = channels_of("smoothquant", w, stats).amax.astype(np.float64)
         assert stats is not None
         # Errors of weights count as independent: with the Gram matrix the choice is the same, and takes far longer.
-        known = dataclasses.replace(stats, gram=None)
+        errors = LayerErrors(w, spec, stats, x_spec)
+        w_amax = errors.amax.astype(np.float64)
         unscaled = np.ones(len(x_amax), np.float32)
+        ceilings = [unscaled, *(below(x_amax, w_amax, float(c)) for c in _CEILINGS)]
         powers = [_migrate(x_amax, w_amax, float(a)) for a in _ALPHAS]
-        ceilings = [below(x_amax, w_amax, float(c)) for c in _CEILINGS]
+        found = [_lowest(ceilings, errors, _FIRST_CEILING), _lowest(powers, errors, _FIRST_ALPHA)]
+        before = errors.parts(unscaled)
+        scale, after = min([(unscaled, before), *found], key=lambda entry: _weighed(entry[1]))
+        return Found(scale=scale, before=sum(before), after=sum(after))
 
-        squares = np.einsum("oi,oi->i", w, w, dtype=np.float64)
 
-        def estimate(scale: F32) -> float:
-            of_columns = squares * np.square(scale, dtype=np.float64)
-            return _weighed(expected_parts(w * scale, of_columns, spec, known.scaled(scale), x_spec))
-
-        def cost(scale: F32) -> float:
-            return _weighed(error_parts(w * scale, spec, known.scaled(scale), x_spec, Rtn()))
-
-        candidates = [unscaled, *ceilings, *powers]
-        if spec.format.is_integer and not spec.granularity.block_size:
-            candidates = likeliest(candidates, estimate, _FINALISTS)
-        return best_scale(candidates, cost)
+def _lowest(scales: list[F32], errors: LayerErrors, start: int) -> tuple[F32, tuple[float, float]]:
+    """Return the scale with the smallest error, and its error, where errors fall to it and rise behind it."""
+    parts = functools.cache(lambda index: errors.parts(scales[index]))
+    best = start
+    for step in (1, -1):
+        while 0 <= best + step < len(scales) and _weighed(parts(best + step)) < _weighed(parts(best)):
+            best += step
+    return scales[best], parts(best)
 
 
 def _weighed(parts: tuple[float, float]) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from .checking import check, check_proto
 from .constants import constant, recast, stored_size, values
 from .exporter import to_proto
-from .identity import Topology, model_hash, topology
+from .identity import Topology, begin_hash, model_hash, topology
 from .importer import clone, from_proto
 from .lazy import Lazy, by_rows
 from .model import Model
@@ -19,6 +19,7 @@ __all__ = [
     "Model",
     "Topology",
     "all_graphs",
+    "begin_hash",
     "by_rows",
     "check",
     "check_proto",

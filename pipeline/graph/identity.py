@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from onnx import TensorProto
 from .constants import Values
 from .exporter import skeleton
 from .model import Model
+from .parallel import cores
 from .protos import all_tensors, embed, header, location_of
 from .queries import all_graphs
 from .reading import load
@@ -57,20 +58,31 @@ def model_hash(model: Model | str | Path) -> str:
     Metadata, documentation, producer and IR version do not count, so a saved copy has the hash of its source.
     External weights are read once, a few megabytes at a time.
     """
-    built = skeleton(model if isinstance(model, Model) else load(model))
+    return begin_hash(model if isinstance(model, Model) else load(model))()
+
+
+def begin_hash(model: Model) -> Callable[[], str]:
+    """Begin to compute `model_hash` of a model as it is now, in threads; the function returned waits for it."""
+    built = skeleton(model)
     content = onnx.ModelProto(graph=built.proto.graph, functions=built.proto.functions)
     content.opset_import.extend(built.proto.opset_import)
     tensors = list(all_tensors(content))
-    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        digests = pool.map(lambda tensor: _digest(tensor, built.weights), tensors)
+    pool = ThreadPoolExecutor(max(1, cores() - 1), thread_name_prefix="qpipe-hash")
+    digests = [pool.submit(_digest, tensor, built.weights) for tensor in tensors]
+    pool.shutdown(wait=False)
+
+    @functools.cache
+    def finish() -> str:
         for tensor, digest in zip(tensors, digests, strict=True):
-            bare = header(tensor)
+            found, bare = digest.result(), header(tensor)
             bare.ClearField("doc_string")
             bare.ClearField("metadata_props")
             tensor.CopyFrom(bare)
-            embed(tensor, digest)
-    _drop_documentation(content.graph)
-    return hashlib.sha256(content.SerializeToString(deterministic=True)).hexdigest()
+            embed(tensor, found)
+        _drop_documentation(content.graph)
+        return hashlib.sha256(content.SerializeToString(deterministic=True)).hexdigest()
+
+    return finish
 
 
 def _digest(tensor: TensorProto, weights: dict[str, Values]) -> bytes:

@@ -67,7 +67,6 @@ def decide(
     graph: gs.Graph,
     recipe: Recipe,
     calibration: Calibration | None,
-    model_hash: str = "",
     functions: Collection[onnx.FunctionProto] = (),
     kept: Mapping[str, str] | None = None,
 ) -> Plan:
@@ -77,7 +76,6 @@ def decide(
         graph: Prepared float graph, topologically sorted, names unique.
         recipe: What the user asks.
         calibration: Statistics; None is enough when no activation gets a static scale.
-        model_hash: Of the float model, recorded in the plan.
         functions: Model-local functions, which are kept as they are.
         kept: Nodes that stay in float, by name, and why.
 
@@ -107,7 +105,6 @@ def decide(
         groups=groups,
         target=context.target.name,
         recipe_hash=recipe.digest(),
-        model_hash=model_hash,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,16 +18,17 @@ import numpy as np
 import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
-from ...calibrate.equalize import EQUALIZERS, output_error
+from ...calibrate.equalize import EQUALIZERS
+from ...calibrate.equalize.smoothquant import SmoothQuant
 from ...calibrate.errors import DataError
 from ...calibrate.qarray import Spec
 from ...calibrate.stats.histogram import Histogram
 from ...calibrate.weights import WeightStats
-from ...calibrate.weights.rtn import Rtn
 from ..calibration import Calibration, TensorStats
 from ..constants import weight_of
 from ..fresh import FreshNames
 from ..graph import constant
+from ..graph.parallel import cores
 from ..layouts import Layout, layout_of
 from ..plan import Decision, Plan
 from ..recipe import AUTO, Recipe
@@ -38,6 +40,8 @@ Array = npt.NDArray[Any]
 
 AUTO_EQUALIZER = "smoothquant"
 """What ``auto`` takes for layers that multiply 8-bit codes with static scales."""
+_THREADS = 4
+"""Tensors that are looked at at a time at most: each needs copies of the weights that read it."""
 WORTH_A_MUL = 0.5
 """Share of the expected error that ``auto`` must leave at most to put a Mul in front of layers."""
 TRUSTED_TOKENS = 256
@@ -129,9 +133,11 @@ def equalize(
         return [], calibration
     known, done, names = calibration or Calibration(tensors={}), list[Equalized](), FreshNames(graph)
     added, kept = dict[str, TensorStats](), _kept(graph, plan)
-    for candidate in candidates(graph, plan, recipe, calibration):
+    found = list(candidates(graph, plan, recipe, calibration))
+    with ThreadPoolExecutor(min(_THREADS, cores())) as pool:
+        scales = list(pool.map(lambda candidate: _scale(candidate, str(recipe.equalize)), found))
+    for candidate, scale in zip(found, scales, strict=True):
         tensor, old = candidate.tensor, candidate.tensor.name
-        scale = _scale(candidate, str(recipe.equalize))
         if np.allclose(scale, 1.0):
             continue
         for reader in candidate.readers:
@@ -260,14 +266,11 @@ def _scale(candidate: Candidate, name: str) -> Array:
     """Return the channel scale [in] of one tensor, 1 throughout where it does not pay."""
     first, stats = candidate.readers[0], candidate.stats
     matrix = np.concatenate([reader.matrix() for reader in candidate.readers])
-    equalizer = EQUALIZERS.resolve(AUTO_EQUALIZER if name == AUTO else name)
-    scale = np.asarray(equalizer(matrix, first.spec, stats, first.x_spec), dtype=np.float32)
-    if name != AUTO or candidate.folds:
-        return scale
-    errors = [
-        output_error(matrix * s, first.spec, stats.scaled(s), first.x_spec, Rtn()) for s in (np.ones_like(scale), scale)
-    ]
-    return scale if errors[1] <= WORTH_A_MUL * errors[0] else np.ones_like(scale)
+    if name != AUTO:
+        return np.asarray(EQUALIZERS.resolve(name)(matrix, first.spec, stats, first.x_spec), dtype=np.float32)
+    found = SmoothQuant().search(matrix, first.spec, stats, first.x_spec)
+    pays = candidate.folds or found.after <= WORTH_A_MUL * found.before
+    return found.scale if pays else np.ones_like(found.scale)
 
 
 def _scaled(stats: WeightStats, scale: Array) -> TensorStats:

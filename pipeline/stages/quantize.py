@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from ...calibrate.errors import ModelError
@@ -147,7 +148,7 @@ def quantize_model(
     recipe: Recipe,
     calibration: Calibration | None = None,
     *,
-    model_hash: str = "",
+    model_hash: Callable[[], str] = str,
     options: QuantizeOptions = QuantizeOptions(),
 ) -> Quantized:
     """Quantize a prepared model.
@@ -156,7 +157,7 @@ def quantize_model(
         model: Float model, after `prepare`; used up.
         recipe: What the user asks.
         calibration: Statistics of the model's activations; None when the recipe needs none.
-        model_hash: Recorded in plan and metadata.
+        model_hash: Gives what is recorded in plan and metadata; called last, for it may have to be waited for.
         options: What is tolerated.
 
     Raises:
@@ -178,7 +179,7 @@ def quantize_model(
         give_biases(model.graph)
 
     def plan_of(model: Model, kept: Mapping[str, str] | None = None) -> Plan:
-        plan = decide(model.graph, recipe, calibration, model_hash, model.functions, kept)
+        plan = decide(model.graph, recipe, calibration, model.functions, kept)
         return with_floats(model.graph, plan, recipe, calibration, given)
 
     plan = plan_of(model)
@@ -211,6 +212,7 @@ def quantize_model(
     passes = tune(model, recipe.target) if plan.quantized() else {}
     if calibration is not None:
         model.metadata["qpipe.calibration"] = calibration.origin
+    plan = dataclasses.replace(plan, model_hash=model_hash())
     lowered = lower(model, plan, recipe)
     return Quantized(
         model=lowered,

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from qpipe.calibrate.equalize import EQUALIZERS, LIMIT, error_parts, output_error
 from qpipe.calibrate.equalize.awq import Awq
-from qpipe.calibrate.equalize.smoothquant import SmoothQuant, below
+from qpipe.calibrate.equalize.layer_errors import LayerErrors
+from qpipe.calibrate.equalize.smoothquant import WEIGHT_ERROR, SmoothQuant, below
 from qpipe.calibrate.errors import DataError, RecipeError
 from qpipe.calibrate.formats import FORMATS
 from qpipe.calibrate.granularity import PER_TENSOR, per_block, per_channel
@@ -97,6 +98,46 @@ def test_the_expected_error_is_the_one_that_shows(outliers):
         s = SmoothQuant(alpha=alpha)(w, W8, stats, X8)
         expected = output_error(w * s, W8, stats.scaled(s), X8, Rtn())
         assert expected == pytest.approx(simulate(w, x, s, W8), rel=0.3)
+
+
+SPECS = {
+    "per channel": W8,
+    "per tensor": Spec(format=FORMATS.get("int8"), granularity=PER_TENSOR),
+    "4 bits": Spec(format=FORMATS.get("int4"), granularity=per_channel(0)),
+    "asymmetric": Spec(format=FORMATS.get("uint8"), granularity=per_channel(0), symmetric=False),
+    "blocks": W4,
+}
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("x_spec", [X8, None])
+@pytest.mark.parametrize("spec", SPECS)
+def test_errors_of_a_layer_are_those_of_its_rounded_weight(spec, x_spec, order):
+    w, _, stats = layer([60, 0.01, 40], out=600)
+    w[[3, 4]], w[:, 7] = 0, 0
+    w, alone = np.asarray(w, order=order), WeightStats(channels=stats.channels)
+    errors = LayerErrors(w, SPECS[spec], stats, x_spec)
+    np.testing.assert_array_equal(errors.amax, np.abs(w).max(axis=0))
+    for s in (np.ones(128, np.float32), SmoothQuant(alpha=0.6)(w, W8, stats, X8)):
+        (weights, inputs), expected = errors.parts(s), error_parts(w * s, SPECS[spec], alone.scaled(s), x_spec, Rtn())
+        assert weights == pytest.approx(expected[0], rel=1e-3)
+        # Coarse rounding changes how large the weights are, and with them the errors of activations, a little.
+        assert inputs == pytest.approx(expected[1], rel=0.1)
+
+
+@pytest.mark.parametrize("outliers", [[], [5], [60, 80, 40], [300], [3, 10, 30, 100, 300]])
+@pytest.mark.parametrize("out", [64, 600])
+def test_following_falling_errors_finds_the_best_of_all(outliers, out):
+    w, _, stats = layer(outliers, seed=3, out=out)
+    errors, x_amax = LayerErrors(w, W8, stats, X8), stats.channels.amax.astype(np.float64)
+    shares = [float("inf"), *2.0 ** -np.arange(0.5, 4.1, 0.5)]
+    every = [below(x_amax, errors.amax.astype(np.float64), share) for share in shares]
+    every += [SmoothQuant(alpha=float(a))(w, W8, stats, X8) for a in np.linspace(0, 1, 21)]
+    costs = [WEIGHT_ERROR * weights + inputs for weights, inputs in map(errors.parts, every)]
+    found = SmoothQuant().search(w, W8, stats, X8)
+    np.testing.assert_allclose(found.scale, every[int(np.argmin(costs))], rtol=1e-5)
+    assert found.before == sum(errors.parts(every[0]))
+    assert found.after == sum(errors.parts(found.scale))
 
 
 def test_smoothquant_needs_no_gram_matrix():

@@ -5,15 +5,16 @@ Letters: ``out``, ``in`` dimensions of the weight.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ..qarray import Spec
+from ..qarray import Spec, dequantize
 from ..weights import WeightStats
 from ..weights.rtn import Rtn
-from . import error_parts, input_energy, input_noise
+from . import channels_of, input_energy, input_noise
 
 Array = npt.NDArray[Any]
 F32 = npt.NDArray[np.float32]
@@ -28,9 +29,8 @@ _COLUMNS = 32
 class LayerErrors:
     """Expected squared errors of a layer's output, by channel scale.
 
-    The errors are those of `error_parts` with weights rounded to nearest. Symmetric integers are not made into codes
-    for that: what the rounding of a weight is off by does not depend on its sign. What a pair limit adds is left out,
-    as it meets all scales alike, and errors of activations meet the weights as they were before rounding.
+    The errors are those of `error_parts`, with weights rounded to nearest, but for two things: what a pair limit adds
+    is left out, as it meets all scales alike; and errors of activations meet the weights as they were before rounding.
 
     Args:
         w: Weight [out, in].
@@ -39,43 +39,63 @@ class LayerErrors:
         x_spec: How its input is quantized, with one scale; None when it stays float.
 
     Attributes:
-        amax: Largest magnitude of each column of the weight, [in].
+        w_amax: Largest magnitude of each column of the weight, [in].
+        x_amax: Largest magnitude of each channel of its input, [in].
     """
 
     def __init__(self, w: Array, spec: Spec, stats: WeightStats, x_spec: Spec | None) -> None:
         self._w, self._spec, self._x_spec = w, spec, x_spec
-        self._stats = WeightStats(channels=stats.channels, lo=stats.lo, hi=stats.hi)
+        channels = channels_of("the search of an equalizer", w, stats)
+        self._stats = WeightStats(channels=channels, lo=stats.lo, hi=stats.hi)
         self._sizes = _magnitudes(w)
-        self.amax: F32 = self._sizes.max(axis=0, initial=0)
         self._squares: F32 = np.einsum("oi,oi->i", self._sizes, self._sizes)
+        self._known: dict[bytes, float] = {}
+        self.w_amax: F32 = self._sizes.max(axis=0, initial=0)
+        self.x_amax: F32 = channels.amax
 
-    def parts(self, scale: F32) -> tuple[float, float]:
-        """Return what rounding the weights adds, and what rounding the activations, where the input is divided.
+    def total(self, scale: F32, weight_factor: float = 1.0, enough: float = math.inf) -> float:
+        """Return the error where the input is divided, and the weight multiplied, by ``scale`` [in].
 
         Args:
-            scale: What the input is divided and the weight multiplied by, [in].
+            scale: The channel scale.
+            weight_factor: How often the part counts that rounding the weights adds.
+            enough: Where the part of the activations alone, which is soon known, reaches this, it is returned.
         """
-        spec, stats = self._spec, self._stats.scaled(scale)
-        if not (spec.symmetric and spec.format.is_integer) or spec.granularity.block_size:
-            return error_parts(self._w * scale, spec, stats, self._x_spec, Rtn())
-        count, energy = max(len(self._sizes), 1), input_energy(self._sizes, stats)
-        weights = float(self._rounding(scale) @ energy) / count
-        if self._x_spec is None:
-            return weights, 0.0
-        squares = self._squares * np.square(scale, dtype=np.float64)
-        return weights, float(squares @ input_noise(energy, stats, self._x_spec)) / count
+        inputs = self._of_inputs(scale)
+        return inputs if inputs >= enough else inputs + weight_factor * self._of_weights(scale)
 
-    def _rounding(self, scale: F32) -> F64:
-        """Return the sum of the squared rounding errors of each column of the multiplied weight, [in]."""
+    def _of_inputs(self, scale: F32) -> float:
+        if self._x_spec is None:
+            return 0.0
+        stats = self._stats.scaled(scale)
+        squares = self._squares * np.square(scale, dtype=np.float64)
+        return float(squares @ input_noise(input_energy(self._w, stats), stats, self._x_spec)) / max(len(self._w), 1)
+
+    def _of_weights(self, scale: F32) -> float:
+        key = scale.tobytes()
+        if key not in self._known:
+            is_direct = self._spec.symmetric and self._spec.format.is_integer and not self._spec.granularity.block_size
+            sums = self._rounded(scale) if is_direct else self._coded(scale)
+            energy = input_energy(self._w, self._stats.scaled(scale))
+            self._known[key] = float(sums @ energy) / max(len(self._w), 1)
+        return self._known[key]
+
+    def _coded(self, scale: F32) -> F64:
+        """Return the sum of the squared errors of each column of the multiplied weight, [in]."""
+        scaled = self._w * scale
+        return np.asarray(np.square(dequantize(Rtn()(scaled, self._spec)) - scaled).sum(axis=0, dtype=np.float64))
+
+    def _rounded(self, scale: F32) -> F64:
+        """Return what `_coded` does for symmetric integers, without making codes: the sign does not matter to them."""
         total, rows = np.zeros(len(scale)), max(1, _BLOCK // max(len(scale), 1))
         scaled, codes = (np.empty((rows, len(scale)), np.float32) for _ in range(2))
-        whole = (self.amax * scale).max(initial=0) if self._spec.granularity.axis is None else None
+        whole = (self.w_amax * scale).max(initial=0) if self._spec.granularity.axis is None else None
         for start in range(0, len(self._sizes), rows):
             block = self._sizes[start : start + rows]
             x, q = np.multiply(block, scale, out=scaled[: len(block)]), codes[: len(block)]
             largest = x.max(axis=1, initial=0, keepdims=True) if whole is None else whole
             steps = np.where(largest > 0, largest / np.float32(self._spec.span), np.float32(1))
-            x /= steps
+            x *= 1 / steps
             x -= np.rint(x, out=q)
             x *= steps
             total += np.einsum("oi,oi->i", x, x)

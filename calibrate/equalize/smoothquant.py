@@ -5,7 +5,7 @@ Letters: ``out``, ``in`` dimensions of the weight, ``j`` an input channel.
 
 from __future__ import annotations
 
-import functools
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,6 +25,8 @@ _CEILINGS = 2.0 ** -np.arange(0.5, 4.1, 0.5)
 
 _FIRST_CEILING, _FIRST_ALPHA = 2, 15
 """Places in both series, the first with no ceiling at 0, at which the search begins: most often the best is near."""
+_FAR = 1.5
+"""A series whose first error is so many times the best of the other is not followed: its errors change slowly."""
 
 WEIGHT_ERROR = 2.0
 """How much an error of weights counts beside one of activations in the search.
@@ -32,21 +34,6 @@ WEIGHT_ERROR = 2.0
 Rounding errors of activations differ from token to token and average out wherever tokens are averaged, in attention and
 pooling; those of weights are the same for all tokens. On MiniLM factors from 1 to 4 do alike, 16 is far worse.
 """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
-    """What a search found.
-
-    Attributes:
-        scale: ``channel_scale`` [in].
-        before: Expected squared error of the layer's output without it, per token and output channel.
-        after: The same with it.
-    """
-
-    scale: F32
-    before: float
-    after: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,39 +64,39 @@ class SmoothQuant:
 
     def __call__(self, w: Array, spec: Spec, stats: WeightStats | None, x_spec: Spec | None) -> F32:
         """Return ``channel_scale`` [in] for ``w`` [out, in]."""
-        if self.alpha is None:
-            return self.search(w, spec, stats, x_spec).scale
-        x_amax = channels_of("smoothquant", w, stats).amax.astype(np.float64)
-        return _migrate(x_amax, np.abs(w).max(axis=0, initial=0).astype(np.float64), self.alpha)
-
-    def search(self, w: Array, spec: Spec, stats: WeightStats | None, x_spec: Spec | None) -> Found:
-        """Return the scale for ``w`` [out, in] and what it gains."""
-        x_amax = channels_of("smoothquant", w, stats).amax.astype(np.float64)
+        channels = channels_of("smoothquant", w, stats)
+        if self.alpha is not None:
+            w_amax = np.abs(w).max(axis=0, initial=0)
+            return _migrate(channels.amax.astype(np.float64), w_amax.astype(np.float64), self.alpha)
         assert stats is not None
         # Errors of weights count as independent: with the Gram matrix the choice is the same, and takes far longer.
-        errors = LayerErrors(w, spec, stats, x_spec)
-        w_amax = errors.amax.astype(np.float64)
-        unscaled = np.ones(len(x_amax), np.float32)
-        ceilings = [unscaled, *(below(x_amax, w_amax, float(c)) for c in _CEILINGS)]
-        powers = [_migrate(x_amax, w_amax, float(a)) for a in _ALPHAS]
-        found = [_lowest(ceilings, errors, _FIRST_CEILING), _lowest(powers, errors, _FIRST_ALPHA)]
-        before = errors.parts(unscaled)
-        scale, after = min([(unscaled, before), *found], key=lambda entry: _weighed(entry[1]))
-        return Found(scale=scale, before=sum(before), after=sum(after))
+        return search(LayerErrors(w, spec, stats, x_spec))
 
 
-def _lowest(scales: list[F32], errors: LayerErrors, start: int) -> tuple[F32, tuple[float, float]]:
-    """Return the scale with the smallest error, and its error, where errors fall to it and rise behind it."""
-    parts = functools.cache(lambda index: errors.parts(scales[index]))
-    best = start
+def search(errors: LayerErrors) -> F32:
+    """Return the ``channel_scale`` [in] that `SmoothQuant` without an alpha finds for a layer."""
+    x_amax, w_amax = errors.x_amax.astype(np.float64), errors.w_amax.astype(np.float64)
+    unscaled = np.ones(len(x_amax), np.float32)
+    ceilings = [unscaled, *(below(x_amax, w_amax, float(c)) for c in _CEILINGS)]
+    powers = [_migrate(x_amax, w_amax, float(a)) for a in _ALPHAS]
+    best, error = _lowest(ceilings, errors, _FIRST_CEILING)
+    other, other_error = _lowest(powers, errors, _FIRST_ALPHA, _FAR * error)
+    return best if error <= other_error else other
+
+
+def _lowest(scales: list[F32], errors: LayerErrors, start: int, enough: float = math.inf) -> tuple[F32, float]:
+    """Return the scale with the smallest error, and its error, where errors fall to it and rise behind it.
+
+    Where the error of the first one reaches ``enough``, no other is looked at.
+    """
+    best, error = start, errors.total(scales[start], WEIGHT_ERROR, enough)
     for step in (1, -1):
-        while 0 <= best + step < len(scales) and _weighed(parts(best + step)) < _weighed(parts(best)):
-            best += step
-    return scales[best], parts(best)
-
-
-def _weighed(parts: tuple[float, float]) -> float:
-    return WEIGHT_ERROR * parts[0] + parts[1]
+        while error < enough and 0 <= best + step < len(scales):
+            following = errors.total(scales[best + step], WEIGHT_ERROR, error)
+            if following >= error:
+                break
+            best, error = best + step, following
+    return scales[best], error
 
 
 def _migrate(x_amax: Array, w_amax: Array, alpha: float) -> F32:

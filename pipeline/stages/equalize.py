@@ -19,15 +19,21 @@ import numpy.typing as npt
 import onnx_graphsurgeon as gs
 
 from ...calibrate.equalize import EQUALIZERS
-from ...calibrate.equalize.smoothquant import SmoothQuant
+from ...calibrate.equalize.layer_errors import LayerErrors
+from ...calibrate.equalize.smoothquant import search
 from ...calibrate.errors import DataError
+from ...calibrate.granularity import per_channel
 from ...calibrate.qarray import Spec
 from ...calibrate.stats.histogram import Histogram
 from ...calibrate.weights import WeightStats
 from ..calibration import Calibration, TensorStats
 from ..constants import weight_of
+from ..extents import reader_of, scale_region
 from ..fresh import FreshNames
-from ..graph import constant
+from ..graph import Lazy, constant
+from ..graph.halves import widened
+from ..graph.lazy import Reader as RegionReader
+from ..graph.lazy import Region
 from ..graph.parallel import cores
 from ..layouts import Layout, layout_of
 from ..plan import Decision, Plan
@@ -268,9 +274,13 @@ def _scale(candidate: Candidate, name: str) -> Array:
     matrix = np.concatenate([reader.matrix() for reader in candidate.readers])
     if name != AUTO:
         return np.asarray(EQUALIZERS.resolve(name)(matrix, first.spec, stats, first.x_spec), dtype=np.float32)
-    found = SmoothQuant().search(matrix, first.spec, stats, first.x_spec)
-    pays = candidate.folds or found.after <= WORTH_A_MUL * found.before
-    return found.scale if pays else np.ones_like(found.scale)
+    errors = LayerErrors(matrix, first.spec, stats, first.x_spec)
+    scale = search(errors)
+    unscaled = np.ones_like(scale)
+    if candidate.folds:
+        return scale
+    limit = errors.total(scale) / WORTH_A_MUL
+    return scale if errors.total(unscaled, enough=limit) >= limit else unscaled
 
 
 def _scaled(stats: WeightStats, scale: Array) -> TensorStats:
@@ -281,11 +291,23 @@ def _scaled(stats: WeightStats, scale: Array) -> TensorStats:
 
 
 def _multiply(reader: Reader, scale: Array, names: FreshNames) -> None:
+    """Multiply the weight of a layer by ``scale`` [in], region by region when it is read."""
     old = reader.node.inputs[1]
-    scaled = reader.matrix() * scale
-    values = scaled.T if reader.layout.order[0] == 1 else scaled
-    dtype = np.float32 if old.dtype is None else old.dtype
-    reader.node.inputs[1] = constant(names(f"{old.name}_equalized"), np.ascontiguousarray(values).astype(dtype))
+    weight = weight_of(old)
+    assert weight is not None
+    axis, dtype = reader.layout.order[1], weight.constant.dtype
+    factors = np.expand_dims(scale, 1 - axis)
+
+    def opener() -> RegionReader:
+        read = reader_of(weight)
+
+        def scaled(region: Region) -> Array:
+            place = scale_region(region, per_channel(axis), len(region))
+            return (widened(read(region)) * factors[place]).astype(dtype, copy=False)
+
+        return scaled
+
+    reader.node.inputs[1] = constant(names(f"{old.name}_equalized"), Lazy(weight.shape, dtype, opener))
 
 
 def _divide(graph: gs.Graph, tensor: gs.Tensor, readers: list[Reader], scale: Array, names: FreshNames) -> gs.Tensor:

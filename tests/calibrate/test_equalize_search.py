@@ -117,9 +117,11 @@ def test_errors_of_a_layer_are_those_of_its_rounded_weight(spec, x_spec, order):
     w[[3, 4]], w[:, 7] = 0, 0
     w, alone = np.asarray(w, order=order), WeightStats(channels=stats.channels)
     errors = LayerErrors(w, SPECS[spec], stats, x_spec)
-    np.testing.assert_array_equal(errors.amax, np.abs(w).max(axis=0))
+    np.testing.assert_array_equal(errors.w_amax, np.abs(w).max(axis=0))
     for s in (np.ones(128, np.float32), SmoothQuant(alpha=0.6)(w, W8, stats, X8)):
-        (weights, inputs), expected = errors.parts(s), error_parts(w * s, SPECS[spec], alone.scaled(s), x_spec, Rtn())
+        inputs, expected = errors.total(s, 0), error_parts(w * s, SPECS[spec], alone.scaled(s), x_spec, Rtn())
+        weights = errors.total(s) - inputs
+        assert errors.total(s, enough=inputs / 2) == inputs
         assert weights == pytest.approx(expected[0], rel=1e-3)
         # Coarse rounding changes how large the weights are, and with them the errors of activations, a little.
         assert inputs == pytest.approx(expected[1], rel=0.1)
@@ -129,15 +131,15 @@ def test_errors_of_a_layer_are_those_of_its_rounded_weight(spec, x_spec, order):
 @pytest.mark.parametrize("out", [64, 600])
 def test_following_falling_errors_finds_the_best_of_all(outliers, out):
     w, _, stats = layer(outliers, seed=3, out=out)
-    errors, x_amax = LayerErrors(w, W8, stats, X8), stats.channels.amax.astype(np.float64)
+    errors = LayerErrors(w, W8, stats, X8)
     shares = [float("inf"), *2.0 ** -np.arange(0.5, 4.1, 0.5)]
-    every = [below(x_amax, errors.amax.astype(np.float64), share) for share in shares]
+    amax = [a.astype(np.float64) for a in (errors.x_amax, errors.w_amax)]
+    every = [below(*amax, share) for share in shares]
     every += [SmoothQuant(alpha=float(a))(w, W8, stats, X8) for a in np.linspace(0, 1, 21)]
-    costs = [WEIGHT_ERROR * weights + inputs for weights, inputs in map(errors.parts, every)]
-    found = SmoothQuant().search(w, W8, stats, X8)
-    np.testing.assert_allclose(found.scale, every[int(np.argmin(costs))], rtol=1e-5)
-    assert found.before == sum(errors.parts(every[0]))
-    assert found.after == sum(errors.parts(found.scale))
+    smallest = min(errors.total(s, WEIGHT_ERROR) for s in every)
+    # Where channels differ little, so do the errors, and they waver: by less than what is worth a search.
+    allowed = 1.0 if max(outliers, default=0) > 5 else 1.005
+    assert errors.total(SmoothQuant()(w, W8, stats, X8), WEIGHT_ERROR) <= allowed * smallest
 
 
 def test_smoothquant_needs_no_gram_matrix():

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import onnx
 
 from .constants import EmbeddedValues, Values
-from .protos import byte_size, header, refer
+from .protos import TYPES, byte_size, header, refer
 from .wire import tag_and_length
 
 LARGE = 2**16
@@ -62,7 +62,7 @@ class Split:
         found: dict[str, Values] = {}
         for number, data in self.weights.items():
             tensor = proto.graph.initializer[number]
-            known = tensor.data_type in onnx.TensorProto.DataType.values() and tensor.data_type not in _UNSIZED
+            known = tensor.data_type in TYPES and tensor.data_type not in _UNSIZED
             if not known or tensor.data_location or byte_size(tensor.data_type, tensor.dims) != len(data):
                 return None
             values = EmbeddedValues(header(tensor), data)

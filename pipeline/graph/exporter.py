@@ -202,16 +202,18 @@ def schema_type(op: str, domain: str, attribute: str) -> int | None:
 
 def value_info(tensor: gs.Tensor) -> ValueInfoProto:
     """Return the name, type and shape of a tensor, over what the file said about it."""
-    proto = ValueInfoProto()
+    proto = ValueInfoProto(name=tensor.name)
     origin = vars(tensor).get("origin")
     if origin is not None:
         proto.CopyFrom(origin)
-    proto.name = tensor.name
+        proto.name = tensor.name
     if tensor.dtype is None:
         return proto
     number = tensor.dtype if isinstance(tensor.dtype, int) else onnx_type_of(tensor.dtype)
     fresh = onnx.helper.make_tensor_type_proto(number, None if tensor.shape is None else list(tensor.shape))
-    if not _same_type(proto.type, fresh):
+    if origin is None:
+        proto.type.CopyFrom(fresh)
+    elif not _same_type(proto.type, fresh):
         denotation = proto.type.denotation
         proto.type.CopyFrom(fresh)
         if denotation:

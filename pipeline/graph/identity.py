@@ -90,9 +90,10 @@ def _digest(tensor: TensorProto, weights: dict[str, Values]) -> bytes:
     if tensor.data_type == TensorProto.STRING:
         digest.update(repr(list(tensor.string_data)).encode())
         return digest.digest()
-    for chunk in (weights.get(location_of(tensor)) or Values(tensor)).chunks():
+    values = weights.get(location_of(tensor)) or Values(tensor)
+    for chunk in values.chunks():
         digest.update(chunk)
-    release()
+    release(values.nbytes)
     return digest.digest()
 
 

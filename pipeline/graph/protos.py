@@ -21,6 +21,9 @@ M = TypeVar("M", bound=Message)
 MAX_PROTO = 2**31 - 1
 """Largest serialized protobuf message in bytes."""
 
+TYPES = {number: name for name, number in TensorProto.DataType.items()}
+"""Name of each type number; UNDEFINED is 0."""
+
 _SMALL = 2**16
 _PACKED_BITS = {"INT2": 2, "UINT2": 2, "INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "FLOAT6E2M3": 6, "FLOAT6E3M2": 6}
 _TENSORLESS = {"ValueInfoProto", "StringStringEntryProto", "OperatorSetIdProto", "TypeProto", "TensorAnnotation"}
@@ -32,9 +35,9 @@ def type_name(onnx_type: int) -> str:
     Raises:
         KeyError: There is no such type, or it is UNDEFINED.
     """
-    if onnx_type not in TensorProto.DataType.values() or onnx_type == TensorProto.UNDEFINED:
+    if not onnx_type:
         raise KeyError(onnx_type)
-    return str(TensorProto.DataType.Name(onnx_type))
+    return TYPES[onnx_type]
 
 
 def numpy_type(onnx_type: int) -> np.dtype[Any]:
@@ -146,7 +149,7 @@ def flaws(message: Any) -> Iterator[str]:
             texts = (value,) if isinstance(value, str | bytes) else value
             yield from (f"the name {text!r}, which is no UTF-8" for text in texts if isinstance(text, bytes))
         elif descriptor.name == "elem_type" and isinstance(value, int):
-            if value not in TensorProto.DataType.values():
+            if value not in TYPES:
                 yield f"element type {value}, which does not exist"
         elif descriptor.message_type is not None:
             for part in (value,) if hasattr(value, "ListFields") else value:

@@ -24,8 +24,10 @@ LARGE = 2**16
 """Arrays of fewer bytes stay in memory."""
 
 _SEGMENT = 2**28
+_MANY = 2**25
 _PAGE = mmap.ALLOCATIONGRANULARITY
 _lock = threading.Lock()
+_held = [0]
 _maps: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()
 
 
@@ -66,7 +68,7 @@ def keep(array: Array) -> Array:
         return whole
     try:
         with _lock:
-            release()
+            release(whole.nbytes)
             if not _current or _current[0].left < whole.nbytes:
                 _current[:] = [_Segment(max(_SEGMENT, -(-whole.nbytes // _PAGE) * _PAGE))]
             return _current[0].put(whole)
@@ -86,7 +88,14 @@ def mapped(descriptor: int, size: int) -> mmap.mmap:
     return found
 
 
-def release() -> None:
-    """Let go of the memory that mapped files take at the moment; they are read again when they are needed."""
-    for found in list(_maps):
-        found.madvise(mmap.MADV_DONTNEED)
+def release(read: int) -> None:
+    """Let go of the memory that mapped files take at the moment; they are read again when they are needed.
+
+    Args:
+        read: Bytes of them that may have been read since the last call; little is done until they have become many.
+    """
+    _held[0] += read
+    if _held[0] >= _MANY:
+        _held[0] = 0
+        for found in list(_maps):
+            found.madvise(mmap.MADV_DONTNEED)

@@ -33,6 +33,9 @@ from .scratch import release
 EXTERNAL_THRESHOLD = 3 * 2**29
 """Above this size (1.5 GiB) weights go into a data file of their own."""
 
+_WRITEBACK = 2**23
+"""Bytes from which on it pays to have them brought to the disk."""
+
 _ALIGNMENT = 4096
 """Weights begin at multiples of a memory page, so that a runtime can map them."""
 
@@ -100,6 +103,7 @@ class _Stream:
     def __init__(self, values: Sequence[Values]) -> None:
         jobs = (job for held in values for job in itertools.chain(held.jobs(), [_end]))
         self._made = in_order(jobs)
+        self._begun = 0
 
     def close(self) -> None:
         """Stop making values."""
@@ -109,9 +113,18 @@ class _Stream:
         """Write the next values."""
         made = itertools.takewhile(lambda chunk: chunk is not None, self._made)
         length = sum(file.write(chunk) for chunk in made)
-        release()
+        release(length)
+        self._begin_writeback(file)
         if length != values.nbytes:
             raise ValueError(f"weight {name!r} gave {length} bytes, its type and shape ask {values.nbytes}")
+
+    def _begin_writeback(self, file: IO[bytes]) -> None:
+        """Let the system begin to bring what was written to the disk, so that less is left to wait for at the end."""
+        if file.tell() - self._begun >= _WRITEBACK and hasattr(os, "posix_fadvise"):
+            file.flush()
+            # It drops what is on the disk already, too, which of these bytes is nothing yet.
+            os.posix_fadvise(file.fileno(), self._begun, 0, os.POSIX_FADV_DONTNEED)
+            self._begun = file.tell()
 
 
 def _end() -> None:

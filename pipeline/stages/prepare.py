@@ -21,18 +21,20 @@ FIRST_QDQ_OPSET = 10
 def prepare(model: Model) -> Model:
     """Run all passes and complete the element types of tensors; ``model`` is changed in place and returned.
 
+    Where no pass found anything, the graph is the one that was loaded, and that was checked.
+
     Raises:
         ModelError: A pass broke the graph (a bug), named by the stage.
     """
     sort_nodes(model.graph)
-    names = FreshNames(model.graph)
+    names, changes = FreshNames(model.graph), 0
     for run in PASSES:
-        for graph in list(all_graphs(model.graph)):
-            run(graph, names)
+        changes += sum(run(graph, names) for graph in list(all_graphs(model.graph)))
     model.graph.cleanup(remove_unused_graph_inputs=False)
     sort_nodes(model.graph)
     infer_types(model)
-    check(model, after="prepare")
+    if changes:
+        check(model, after="prepare")
     return model
 
 

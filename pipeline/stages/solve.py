@@ -74,9 +74,10 @@ def _merged(names: set[str], calibration: Calibration) -> Histogram:
 
 
 def _solve_one(histogram: Histogram, spec: Spec, method: str) -> Solved:
-    chosen = resolve(method)
+    # Of two values none can be spared: so few are the ends of a range, as of an equalized tensor.
+    chosen = resolve(method if histogram.finite > 2 else "minmax")
     if isinstance(chosen, Auto):
         name, rng = choose(histogram, spec, chosen.tolerance)
     else:
-        name, rng = method, chosen(histogram, spec)
+        name, rng = method if histogram.finite > 2 else "minmax", chosen(histogram, spec)
     return Solved(range=rng, params=params_from_range(rng, spec), method=name)

@@ -18,9 +18,9 @@ def tune(model: Model, target: str) -> dict[str, int]:
         Name of each pass that found something -> how many places it changed.
     """
     wanted, counts = TARGETS.get(target).passes, dict[str, int]()
+    names = FreshNames(model.graph)
     for name, run in TARGET_PASSES.items():
         if name in wanted:
-            names = FreshNames(model.graph)
             found = sum(run(graph, names) for graph in list(all_graphs(model.graph)))
             counts.update({name: found} if found else {})
     if counts:

@@ -29,7 +29,7 @@ from ...calibrate.weights.correction import corrected
 from ..calibration import Calibration
 from ..constants import Weight, weight_of
 from ..extents import Extent, extent_jobs, reader_of
-from ..graph import all_graphs
+from ..graph import all_graphs, stored_size
 from ..graph.constants import Values
 from ..graph.halves import widened
 from ..graph.lazy import Region, regions
@@ -83,7 +83,7 @@ def survey_weights(graph: gs.Graph, plan: Plan) -> dict[Key, Surveyed]:
     def finish(key: Key) -> None:
         decision, weight = weights[key]
         found[key] = _known(weight)[key] = _surveyed(decision, extents.pop(key))
-        release()
+        release(stored_size(weight.constant))
 
     with contextlib.closing(in_order(jobs())) as done:
         for key, parts in itertools.groupby(done, key=lambda part: part[0]):

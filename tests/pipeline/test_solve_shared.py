@@ -42,6 +42,13 @@ def test_a_range_is_that_of_the_statistics() -> None:
     assert found.params.zero_point == 64
 
 
+@pytest.mark.parametrize("method", ["auto", "mse", "entropy", "percentile:50"])
+def test_the_ends_of_a_range_are_kept_whatever_the_method(method: str) -> None:
+    """Nothing is known of an equalized tensor but its ends: no method has a reason to give one of them up."""
+    found = solve(plan("a"), known(a=[-0.17, 3.6]), method)["a", BYTE]
+    assert (found.range.lo, found.range.hi, found.method) == (np.float32(-0.17), np.float32(3.6), "minmax")
+
+
 def test_a_group_shares_the_range_of_all_its_tensors() -> None:
     groups = {"a": "a", "b": "a"}
     done = solve(plan("a", "b", "c", groups=groups), known(a=[-1.0, 1.0], b=[0.0, 3.0], c=[2.0]), "minmax")

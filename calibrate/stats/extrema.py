@@ -59,11 +59,11 @@ class Extrema:
 
     def merge(self, other: Extrema) -> Extrema:
         """Return the extrema of both streams; exact, commutative and associative."""
-        seen = [e for e in (self, other) if e.finite]
+        one, two = (self if self.finite else other), (other if other.finite else self)
         return Extrema(
             finite=self.finite + other.finite,
-            lo=min((e.lo for e in seen), default=0.0),
-            hi=max((e.hi for e in seen), default=0.0),
+            lo=min(one.lo, two.lo),
+            hi=max(one.hi, two.hi),
             nan=self.nan + other.nan,
             pos_inf=self.pos_inf + other.pos_inf,
             neg_inf=self.neg_inf + other.neg_inf,

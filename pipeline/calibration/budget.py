@@ -9,9 +9,11 @@ from ..data.feed import cut, samples_in
 from .limits import survey
 from .probe import Probe
 
+_ALIVE = 4  # tensors at a time, if all were as large as the largest
+
 
 class Piece(NamedTuple):
-    """What one run is given, and the bytes of all the activations that it will make, as far as known."""
+    """What one run is given, and about how many bytes of activations it will hold at a time, as far as known."""
 
     batch: Batch
     nbytes: int
@@ -32,7 +34,7 @@ class Budget:
         self._batch_bytes = batch_bytes
         self._judged = 0
         self._fetched = 0.0  # bytes per byte of a batch
-        self._made = 0.0
+        self._held = 0.0
 
     def pieces(self, batch: Batch) -> list[Piece]:
         """Return the batch, or parts of it along its first axis.
@@ -45,7 +47,9 @@ class Budget:
             known = survey(self._probe.skeleton(), batch, self._max_memory)
             self._judged = size
             self._fetched = sum(known[name].nbytes for name in self._probe.fetched if name in known) / max(size, 1)
-            self._made = sum(one.nbytes for one in known.values()) / max(size, 1)
+            # The runtime lets go of what was read for the last time.
+            largest = max((one.nbytes for one in known.values()), default=0)
+            self._held = self._fetched + _ALIVE * largest / max(size, 1)
         count = min(-(-int(size * self._fetched) // self._batch_bytes), samples_in(batch))
         if count <= 1 or not self._probe.can_split:
             return [self._piece(batch)]
@@ -53,7 +57,7 @@ class Budget:
         return [self._piece(cut(batch, start, start + step)) for start in range(0, samples_in(batch), step)]
 
     def _piece(self, batch: Batch) -> Piece:
-        return Piece(batch, int(nbytes(batch) * self._made))
+        return Piece(batch, int(nbytes(batch) * self._held))
 
 
 def nbytes(batch: Batch) -> int:

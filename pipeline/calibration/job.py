@@ -10,6 +10,7 @@ import onnx
 import psutil
 
 from ...calibrate.stats.extrema import HALF_SENTINEL, SENTINEL
+from .lanes import processors
 from .observe import Detail
 
 
@@ -34,7 +35,7 @@ class Job:
         native: Count inside the graph where the plugin can; the result is the same.
         op_libraries: As for `SessionExtras`.
         tensor_bytes: Refuse a model that makes a tensor of more.
-        batch_bytes: Bytes of activations that one run may hand out, and that runs at a time may make.
+        batch_bytes: Bytes of activations that runs at a time may hold; one alone may hand out a quarter of it.
     """
 
     tensors: tuple[str, ...]
@@ -48,6 +49,11 @@ class Job:
     op_libraries: tuple[Path, ...] = ()
     tensor_bytes: int = field(default_factory=machine_memory)
     batch_bytes: int = 2**31
+
+    @property
+    def session_threads(self) -> int | None:
+        """Threads inside one operator, None for ONNX Runtime's choice; each lane brings one, the rest is shared."""
+        return self.threads if self.lanes == 1 else max((self.threads or processors()) - self.lanes + 1, 1)
 
     def sentinel_of(self, onnx_type: int) -> float:
         """Return the magnitude from which values of a tensor of this ONNX type are masks."""

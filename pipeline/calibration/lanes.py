@@ -12,9 +12,25 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
+import psutil
+
+from ..graph.parallel import cores
+
 T = TypeVar("T")
+MOST_LANES = 4
+"""How many batches run at a time, at most: each takes the memory of its activations."""
 Hold = Callable[[int], bool]
 """Told how many steps have begun and not been yielded: whether no further one is to begin."""
+
+
+def processors() -> int:
+    """Return how many cores this process may use, two that share one counted once, as ONNX Runtime does."""
+    return min(cores(), psutil.cpu_count(logical=False) or cores())
+
+
+def lanes_for(threads: int | None) -> int:
+    """Return how many batches are to run at a time in a process of so many threads, None for those of the machine."""
+    return min(threads or processors(), MOST_LANES)
 
 
 def never(_ahead: int) -> bool:

@@ -37,15 +37,22 @@ class Counters:
         proto: The model; counting nodes are added to it.
         details: What to collect beside histograms.
         sentinels: What to count, of those that `countable` gave, and the magnitude from which values are masks.
+        threads: Threads of the session, None for those of the machine.
     """
 
-    def __init__(self, proto: onnx.ModelProto, details: Mapping[str, Detail], sentinels: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        proto: onnx.ModelProto,
+        details: Mapping[str, Detail],
+        sentinels: Mapping[str, float],
+        threads: int | None,
+    ) -> None:
         from ...plugins.range_stats.op import attach, release
 
         self._keys: dict[str, int] = {}
         for sentinel, alike in _by_sentinel(sentinels):
             with_channels = [name for name in alike if name in details]
-            self._keys |= attach(proto, alike, channels=with_channels, sentinel=sentinel).keys
+            self._keys |= attach(proto, alike, channels=with_channels, sentinel=sentinel, threads=threads).keys
         self._with_channels = [name for name in sentinels if name in details]
         weakref.finalize(self, release, list(self._keys.values()))
 
@@ -114,7 +121,7 @@ def counters_of(proto: onnx.ModelProto, job: Job, sentinels: Mapping[str, float]
         return None
     if job.device == "cuda":
         return CountersOnDevice(proto, sentinels)
-    return Counters(proto, job.details, sentinels)
+    return Counters(proto, job.details, sentinels, job.session_threads)
 
 
 def _by_sentinel(sentinels: Mapping[str, float]) -> list[tuple[float, list[str]]]:

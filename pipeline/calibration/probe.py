@@ -57,6 +57,10 @@ class Probe:
 
     def __init__(self, model: Model, job: Job) -> None:
         built = skeleton(model)
+        mapped = built.nbytes > IN_MEMORY
+        if mapped or job.device != "cpu" or any(detail.gram for detail in job.details.values()):
+            # Lanes would hold more than activations. Matrices of one batch are as large as those of all.
+            job = dataclasses.replace(job, lanes=1)
         graph = built.proto.graph
         own = [entry.name for entry in graph.output]
         # Before the session, which computes what does not depend on the inputs.
@@ -70,18 +74,16 @@ class Probe:
         self.sentinels = {name: job.sentinel_of(known[name].onnx_type) for name in inside}
         self.counters = counters_of(built.proto, job, self.sentinels)
         config: dict[str, str] = {}
-        mapped, folder = built.nbytes > IN_MEMORY, place_weights(built)
+        folder = place_weights(built)
         if folder is not None:
             config["session.model_external_initializers_file_folder_path"] = str(folder)
-        # Matrices of one batch are as large as those of all, and a device counts one batch at a time.
-        alone = mapped or job.device != "cpu" or isinstance(self.counters, CountersOnDevice)
-        self.lanes = 1 if alone or any(detail.gram for detail in job.details.values()) else job.lanes
+        self.lanes = 1 if isinstance(self.counters, CountersOnDevice) else job.lanes  # those count one batch at a time
         if self.lanes > 1:
             config["session.intra_op.allow_spinning"] = "0"  # threads that wait busily would take cores from the others
         data = built.proto.SerializeToString()
         del built, graph
         extras = SessionExtras(config=config, op_libraries=job.op_libraries, mapped=mapped, ragged=True, eager=True)
-        self._session = make_session(data, exact=mapped, device=job.device, threads=job.threads, extras=extras)
+        self._session = make_session(data, exact=mapped, device=job.device, threads=job.session_threads, extras=extras)
         types = {entry.name: entry.type for entry in self._session.get_outputs()}
         types |= {entry.name: entry.type for entry in self._session.get_inputs()}
         wrong = _without_floats(exposed, types)

@@ -15,7 +15,7 @@ from ...calibrate.stats.extrema import as_float32, measure
 from ..graph import Model
 from .budget import Budget, Piece
 from .job import Job
-from .lanes import Hold, Room, in_lanes, never
+from .lanes import MOST_LANES, Hold, Room, in_lanes, never
 from .observe import Observers, Stats
 from .probe import Batch, Probe
 
@@ -38,7 +38,9 @@ class Runner:
     def __init__(self, model: Model, job: Job) -> None:
         self._job = job
         self._probe = Probe(model, job)
-        self._budget = Budget(self._probe, job.tensor_bytes, job.batch_bytes)
+        self._budget = Budget(
+            self._probe, job.tensor_bytes, job.batch_bytes // MOST_LANES
+        )  # the same pieces in any number of lanes
         self._room = Room(job.batch_bytes)
         # Flat tensors have no channels any more.
         self._details = {name: d for name, d in job.details.items() if name not in self._probe.lifted}
@@ -66,11 +68,13 @@ class Runner:
             ModelError: The model fails, or would take too much memory.
         """
         # Cut in this thread: where, depends on the batches before.
-        steps = (functools.partial(self._observe, self._budget.pieces(b), observers) for b in batches)
-        for sums, is_all in in_lanes(steps, self._probe.lanes, hold):
-            for one in sums:
-                observers.add(one)
-            yield is_all
+        cut = (self._budget.pieces(batch) for batch in batches)
+        pieces = ((piece, piece is batch[-1]) for batch in cut for piece in batch)
+        steps = (functools.partial(self._observe, piece, is_last, observers) for piece, is_last in pieces)
+        for (sums, is_last), is_all in in_lanes(steps, self._probe.lanes, hold):
+            observers.add(sums)
+            if is_last:
+                yield is_all
 
     def settle(self, observers: Observers) -> None:
         """Bring into ``observers`` what was counted inside the graph since the last time."""
@@ -94,15 +98,12 @@ class Runner:
         self.settle(observers)
         return [*results, observers.result()]
 
-    def _observe(self, pieces: list[Piece], observers: Observers) -> list[Stats]:
-        """Count the activations of each piece; return its float sums that are yet to be added, in order."""
-        sums = []
-        for piece in pieces:
-            with self._room.of(piece.nbytes):
-                sums.append(self._run(piece.batch, observers))
-        return sums
+    def _observe(self, piece: Piece, is_last: bool, observers: Observers) -> tuple[Stats, bool]:
+        with self._room.of(piece.nbytes):
+            return self._run(piece.batch, observers), is_last
 
     def _run(self, batch: Batch, observers: Observers) -> Stats:
+        """Count the activations of a batch; return its float sums that are yet to be added, in order."""
         sums: Stats = {}
         counting = []
         for name, array, is_output in self._probe.run(batch):

@@ -26,7 +26,7 @@ from ..calibration import Calibration, ModelIdentity, identify
 from ..calibration.checkpoints import Checkpoints, Saver
 from ..calibration.cluster import cluster_for_joblib
 from ..calibration.job import Job
-from ..calibration.lanes import Hold
+from ..calibration.lanes import Hold, lanes_for
 from ..calibration.masks import masked_tensors
 from ..calibration.observe import Detail, Stats
 from ..calibration.parallel import observe_in_parallel
@@ -37,7 +37,6 @@ from ..data.signature import to_array
 from ..environment import installed
 from ..graph import Model, all_graphs, constants, from_proto, load, save, stored_size
 from ..graph.constants import FileValues
-from ..graph.parallel import cores
 from ..interrupts import Interrupted, StopRequest
 from ..session import load_onnxruntime
 from .floats import float32_twin, without_bfloat16
@@ -47,7 +46,6 @@ _LARGE = 2**28
 """Bytes of weights that lie in no file from which they are written to one: a runtime would be handed several copies."""
 
 _GROUP = 4  # batches per task of a worker
-_LANES = 4  # batches at a time in one process, at most: each takes the memory of its activations
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +119,8 @@ def collect(
     elif isinstance(model, onnx.ModelProto):
         model = from_proto(model)
     identity, twin = options.identity or identify(model), float32_twin(runnable(model))
-    batches = ({name: to_array(value) for name, value in batch.items()} for batch in batches)
+    # Copies: whoever gives the data may use an array again while a batch waits for its turn.
+    batches = ({name: to_array(value).copy() for name, value in batch.items()} for batch in batches)
     if twin is not model:
         model, path, batches = twin, "", map(without_bfloat16, batches)
     job = Job(
@@ -137,23 +136,22 @@ def collect(
         batch_bytes=options.batch_bytes,
     )
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
         alone = options.workers == 1 and options.cluster is None
-        job = dataclasses.replace(job, lanes=default_lanes(options.threads) if alone else 1)
         if _in_memory(model) > _LARGE if alone else not path:
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qpipe-model-"))
             path = str(save(model, Path(folder) / "model.onnx", external_threshold=0)[-1])
             model = load(path)
+        stream = iter(batches)
+        ahead = list(itertools.islice(stream, 2)) if alone else []
+        if len(ahead) > 1:  # a single batch has all threads to itself
+            job = dataclasses.replace(job, lanes=lanes_for(options.threads))
+        stream = itertools.chain(ahead, stream)
         run = _Run(model, Runner(model, job), options, identity)
-        stop = stack.enter_context(StopRequest())
         if alone:
-            return run.over(batches, run.in_lanes, stop)
+            return run.over(stream, run.in_lanes, stop)
         stack.enter_context(cluster_for_joblib(options.cluster))
-        return run.over(batches, lambda stream, _: run.in_parallel(stream, path, job), stop)
-
-
-def default_lanes(threads: int | None = None) -> int:
-    """Return how many batches run at a time in a process of so many threads."""
-    return min(threads or cores(), _LANES)
+        return run.over(stream, lambda stream, _: run.in_parallel(stream, path, job), stop)
 
 
 def _in_memory(model: Model) -> int:
@@ -225,7 +223,7 @@ class _Run:
         def taken() -> Iterator[Batch]:
             for batch in stream:
                 sent.append(self._count([batch]))
-                yield {name: value.copy() for name, value in batch.items()}  # its owner may fill it with the next
+                yield batch
 
         for is_all in self._runner.observe(taken(), self._observers, hold):
             yield sent.popleft(), is_all

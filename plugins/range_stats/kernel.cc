@@ -71,6 +71,7 @@ class CpuKernel : public Kernel {
         int64_t key = 0;
         QPIPE_RETURN_IF(attribute(info, "key", int64_t{0}, key));
         QPIPE_RETURN_IF(attribute(info, "channels", int64_t{0}, channels_));
+        QPIPE_RETURN_IF(attribute(info, "threads", int64_t{std::thread::hardware_concurrency()}, threads_));
         QPIPE_RETURN_IF(attribute(info, "sentinel", 1e30f, sentinel_));
         lane_ = outlier_matmul::available_lanes().items[0];
         state_ = Registry::instance().open(key);
@@ -93,8 +94,7 @@ class CpuKernel : public Kernel {
   private:
     OrtStatus* count(const OrtKernelContext* context, Call& call) {
         // No more parts than threads, and their tables at once: what a tensor takes does not depend on the scheduler.
-        static const int64_t most = std::clamp(int64_t{std::thread::hardware_concurrency()}, int64_t{1}, kMaxTasks);
-        const int64_t parts = std::clamp(call.size / kTaskValues, int64_t{1}, most);
+        const int64_t parts = std::clamp(call.size / kTaskValues, int64_t{1}, std::clamp(threads_, int64_t{1}, kMaxTasks));
         call.tables = state_->take(static_cast<size_t>(parts));
         OrtStatus* status = parallel(context, parts, call, [](void* data, size_t part) {
             count_part(*static_cast<Call*>(data), static_cast<int64_t>(part));
@@ -124,7 +124,7 @@ class CpuKernel : public Kernel {
     ElementType type_;
     const Lane* lane_ = nullptr;
     float sentinel_ = 0;
-    int64_t channels_ = 0;
+    int64_t channels_ = 0, threads_ = 1;
     std::shared_ptr<State> state_;
 };
 

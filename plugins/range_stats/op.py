@@ -1,6 +1,6 @@
 """``qpipe.RangeStatsHost``: an operator that counts an activation inside the graph, where it lies.
 
-    counted = RangeStatsHost (x)        attributes: key, channels (0 or 1), sentinel (1e30)
+    counted = RangeStatsHost (x)        attributes: key, channels (0 or 1), sentinel (1e30), threads (the machine's)
 
 The counters stay in the library, under the key, from run to run: no activation and no histogram leaves the session.
 What they hold is, bit for bit, what ``calibrate.stats.HistogramObserver`` and ``ChannelAmax`` hold after the same
@@ -51,7 +51,12 @@ class Attached:
 
 
 def attach(
-    proto: onnx.ModelProto, tensors: Iterable[str], *, channels: Iterable[str] = (), sentinel: float = SENTINEL
+    proto: onnx.ModelProto,
+    tensors: Iterable[str],
+    *,
+    channels: Iterable[str] = (),
+    sentinel: float = SENTINEL,
+    threads: int | None = None,
 ) -> Attached:
     """Add a counting node behind each tensor of the main graph.
 
@@ -60,6 +65,7 @@ def attach(
         tensors: float32, float16 or bfloat16 tensors of the main graph.
         channels: Those of them whose magnitudes per channel (last axis) are wanted as well.
         sentinel: Magnitude from which finite values are masks.
+        threads: How many threads share a tensor at most, None for those of the machine; the session may have fewer.
 
     Raises:
         UnsupportedError: A tensor is not one of the main graph.
@@ -75,6 +81,7 @@ def attach(
         keys[tensor] = secrets.randbits(62)
         counted = tensor + OUTPUT_SUFFIX
         attributes = {"key": keys[tensor], "channels": int(tensor in with_channels), "sentinel": float(sentinel)}
+        attributes |= {} if threads is None else {"threads": threads}
         nodes.append(helper.make_node(OP_TYPE, [tensor], [counted], name=counted, domain=DOMAIN, **attributes))
         graph.output.append(helper.make_tensor_value_info(counted, TensorProto.INT64, []))
     add_behind(graph, nodes)

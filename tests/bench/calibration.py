@@ -34,12 +34,13 @@ from qpipe.calibrate.qarray import Spec
 from qpipe.calibrate.ranges import METHODS
 from qpipe.models.comparison import Subject
 from qpipe.pipeline.calibration.job import Job
+from qpipe.pipeline.calibration.lanes import lanes_for
 from qpipe.pipeline.calibration.native import usable
 from qpipe.pipeline.calibration.runner import Runner
 from qpipe.pipeline.graph import load
 from qpipe.pipeline.memory import peak_memory
 from qpipe.pipeline.session import make_session
-from qpipe.pipeline.stages.collect import CollectOptions, collect, default_lanes
+from qpipe.pipeline.stages.collect import CollectOptions, collect
 from qpipe.pipeline.stages.decide import wanted_tensors
 from qpipe.pipeline.stages.details import wanted_details
 from qpipe.pipeline.stages.needed import needed_tensors
@@ -74,7 +75,7 @@ class Way(NamedTuple):
         model = load(path)
         tensors = wanted_tensors(model.graph) if self.everything else needed_tensors(model.graph)
         details = wanted_details(model.graph, "channels" if self.channels else "none")
-        return Runner(model, Job(tensors=tuple(tensors), details=details, native=self.native, lanes=default_lanes()))
+        return Runner(model, Job(tensors=tuple(tensors), details=details, native=self.native, lanes=lanes_for(None)))
 
 
 WAYS = [Way(native, c, e) for c, e in ((False, False), (True, False), (False, True)) for native in (True, False)]

@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from onnx import parser
 from qpipe.calibrate.errors import DataError
 from qpipe.calibrate.stats.histogram import Histogram, HistogramObserver
-from qpipe.pipeline.calibration import native
-from qpipe.pipeline.calibration.lanes import Room, in_lanes
+from qpipe.pipeline.calibration import native, probe
+from qpipe.pipeline.calibration.lanes import Room, in_lanes, lanes_for, processors
 from qpipe.pipeline.calibration.observe import Detail
 from qpipe.pipeline.calibration.probe import Probe
 from qpipe.pipeline.stages.collect import Checkpoints, CollectOptions, collect
@@ -185,3 +185,31 @@ def test_threads_may_count_into_one_observer() -> None:
     jobs = (functools.partial(observer.update, array) for array in arrays)
     assert len(list(in_lanes(jobs, 8))) == len(arrays)
     assert observer.result() == Histogram.of(np.concatenate(arrays))
+
+
+@pytest.mark.parametrize(("count", "threads", "inside"), [(1, 6, 6), (2, 6, 3), (2, 2, 1), (2, 1, 1), (3, None, None)])
+def test_lanes_and_operators_share_the_threads(
+    monkeypatch: pytest.MonkeyPatch, count: int, threads: int | None, inside: int | None
+) -> None:
+    opened = []
+    original = probe.make_session
+    monkeypatch.setattr(probe, "make_session", lambda data, **how: (opened.append(how), original(data, **how))[1])
+    collect(model(), ["x"], batches(count), CollectOptions(threads=threads))
+    if threads is None:
+        lanes = lanes_for(None)
+        assert opened[0]["threads"] == (None if lanes == 1 else processors() - lanes + 1)
+    else:
+        assert opened[0]["threads"] == inside
+    spins = opened[0]["extras"].config.get("session.intra_op.allow_spinning") != "0"
+    assert spins == (count == 1 or lanes_for(threads) == 1)
+
+
+def test_sums_over_pairs_of_channels_are_added_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are as large as all that is kept: no second set of them waits for its turn."""
+    opened = []
+    original = probe.make_session
+    monkeypatch.setattr(probe, "make_session", lambda data, **how: (opened.append(how), original(data, **how))[1])
+    found = collect(model(), ["x"], batches(3), CollectOptions(threads=4, details={"x": Detail(gram=True)}))
+    assert opened[0]["threads"] == 4
+    assert found.tensors["x"].gram is not None
+    assert found.tensors["x"].gram.tokens == sum(len(batch["x"]) for batch in batches(3))

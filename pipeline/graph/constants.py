@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -42,7 +42,10 @@ class Values(LazyValues):  # type: ignore[misc]
         shape: Dimensions.
         dtype: numpy or ml_dtypes type of the elements when unpacked.
         nbytes: Size of the packed data.
+        takes_work: Whether the bytes are read or made by the `jobs`, which then are worth a thread.
     """
+
+    takes_work: ClassVar[bool] = False
 
     def __init__(self, tensor: TensorProto) -> None:
         self.tensor = tensor
@@ -93,6 +96,8 @@ class FileValues(KeyedValues):
     Attributes:
         source: Where they lie.
     """
+
+    takes_work = True
 
     def __init__(self, tensor: TensorProto, source: FileRange) -> None:
         super().__init__(tensor)
@@ -172,6 +177,8 @@ class PackedValues(KeyedValues):
 
 class ComputedValues(KeyedValues):
     """Values that are made anew, region after region, each time they are read."""
+
+    takes_work = True
 
     def __init__(self, tensor: TensorProto, source: Lazy) -> None:
         super().__init__(tensor)

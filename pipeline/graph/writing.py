@@ -101,9 +101,9 @@ class _Stream:
     """Values one after the other into a file, read and made ahead of the writing."""
 
     def __init__(self, values: Sequence[Values]) -> None:
-        jobs = (job for held in values for job in itertools.chain(held.jobs(), [_end]))
+        jobs = (job for held in values if held.takes_work for job in itertools.chain(held.jobs(), [_end]))
         self._made = in_order(jobs)
-        self._begun = 0
+        self._waiting = 0
 
     def close(self) -> None:
         """Stop making values."""
@@ -112,19 +112,17 @@ class _Stream:
     def write(self, name: str, values: Values, file: IO[bytes]) -> None:
         """Write the next values."""
         made = itertools.takewhile(lambda chunk: chunk is not None, self._made)
-        length = sum(file.write(chunk) for chunk in made)
+        length = sum(file.write(chunk) for chunk in (made if values.takes_work else values.chunks()))
         release(length)
-        self._begin_writeback(file)
         if length != values.nbytes:
             raise ValueError(f"weight {name!r} gave {length} bytes, its type and shape ask {values.nbytes}")
-
-    def _begin_writeback(self, file: IO[bytes]) -> None:
-        """Let the system begin to bring what was written to the disk, so that less is left to wait for at the end."""
-        if file.tell() - self._begun >= _WRITEBACK and hasattr(os, "posix_fadvise"):
+        self._waiting += length
+        if self._waiting >= _WRITEBACK and hasattr(os, "posix_fadvise"):
+            # Lets the system begin to bring them to the disk, so that less is left to wait for at the end; it would
+            # also drop what is on the disk already, which of the bytes written last is nothing yet.
             file.flush()
-            # It drops what is on the disk already, too, which of these bytes is nothing yet.
-            os.posix_fadvise(file.fileno(), self._begun, 0, os.POSIX_FADV_DONTNEED)
-            self._begun = file.tell()
+            os.posix_fadvise(file.fileno(), file.tell() - self._waiting, 0, os.POSIX_FADV_DONTNEED)
+            self._waiting = 0
 
 
 def _end() -> None:

@@ -146,12 +146,12 @@ class Job:
         calibration: Calibration | None,
         options: QuantizeOptions = QuantizeOptions(),  # noqa: B008
     ) -> Quantized:
-        """Quantize and hold the result against the Q/DQ rules.
+        """Quantize, hold the result against the Q/DQ rules, and note what it came from.
 
         Raises:
             ModelError: The result breaks a rule (a bug of qpipe); nothing should then be written.
         """
-        result = quantize_model(self.model, recipe, calibration, model_hash=self.hashing, options=options)
+        result = quantize_model(self.model, recipe, calibration, options=options)
         errors = [f for f in check_qdq(result.model, target=recipe.target) if f.severity == "error"]
         if errors:
             raise ModelError(
@@ -161,7 +161,8 @@ class Job:
                 expected=errors[0].expected,
                 do="please report this with the output of qpipe inspect --json",
             )
-        return result
+        result.model.metadata["qpipe.source_hash"] = self.hash  # asked for last: it may have to be waited for
+        return replace(result, plan=replace(result.plan, model_hash=self.hash))
 
 
 def quantize_file(

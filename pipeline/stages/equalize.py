@@ -36,6 +36,7 @@ from ..graph.lazy import Reader as RegionReader
 from ..graph.lazy import Region
 from ..graph.parallel import cores
 from ..layouts import Layout, layout_of
+from ..ordering import sort_nodes
 from ..plan import Decision, Plan
 from ..recipe import AUTO, Recipe
 from .cross_layer import CROSS_LAYER
@@ -161,7 +162,8 @@ def equalize(
         added[result.name] = _scaled(candidate.stats, scale)
     if not done:
         return [], calibration
-    graph.cleanup(remove_unused_graph_inputs=False).toposort()
+    graph.cleanup(remove_unused_graph_inputs=False)
+    sort_nodes(graph)
     return done, dataclasses.replace(known, tensors={**known.tensors, **added})
 
 

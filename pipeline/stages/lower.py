@@ -59,7 +59,6 @@ def lower(model: Model, plan: Plan, recipe: Recipe) -> Model:
             "qpipe.scheme": recipe.scheme,
             "qpipe.recipe": json.dumps(recipe.model_dump(mode="json", exclude_defaults=True), sort_keys=True),
             "qpipe.recipe_hash": plan.recipe_hash,
-            "qpipe.source_hash": plan.model_hash,
             "qpipe.forms": ",".join(sorted(kinds)),
         }
     )

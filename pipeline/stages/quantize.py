@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ...calibrate.errors import ModelError
@@ -148,7 +147,6 @@ def quantize_model(
     recipe: Recipe,
     calibration: Calibration | None = None,
     *,
-    model_hash: Callable[[], str] = str,
     options: QuantizeOptions = QuantizeOptions(),
 ) -> Quantized:
     """Quantize a prepared model.
@@ -157,7 +155,6 @@ def quantize_model(
         model: Float model, after `prepare`; used up.
         recipe: What the user asks.
         calibration: Statistics of the model's activations; None when the recipe needs none.
-        model_hash: Gives what is recorded in plan and metadata; called last, for it may have to be waited for.
         options: What is tolerated.
 
     Raises:
@@ -212,7 +209,6 @@ def quantize_model(
     passes = tune(model, recipe.target) if plan.quantized() else {}
     if calibration is not None:
         model.metadata["qpipe.calibration"] = calibration.origin
-    plan = dataclasses.replace(plan, model_hash=model_hash())
     lowered = lower(model, plan, recipe)
     return Quantized(
         model=lowered,

@@ -38,6 +38,8 @@ from .plan import Decision, Plan
 from .streaming import ROUNDING
 
 _SAMPLE_BYTES = 2**25
+_TRIAL_SHARE = 16
+"""A trial is at most such a part of the work: no more than a waste of a few percent."""
 _SAMPLE = (64, 1024)
 """Outputs and inputs of the array that is quantized on trial."""
 
@@ -231,8 +233,9 @@ def _read_rate(held: list[gs.Constant]) -> float:
 
 def _write_rate(folder: Path, size: int) -> float:
     """Return bytes per second at which a file is written and flushed."""
-    data = bytes(min(_SAMPLE_BYTES, size, 2**20))
-    count = max(1, min(_SAMPLE_BYTES, size) // max(1, len(data)))
+    sample = min(_SAMPLE_BYTES, size // _TRIAL_SHARE)
+    data = bytes(min(sample, 2**20) + 1)
+    count = max(1, sample // len(data))
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             start = time.perf_counter()

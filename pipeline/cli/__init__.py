@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import signal
@@ -32,6 +33,9 @@ COMMANDS = {
 """Command -> the line that ``qpipe --help`` prints, so that it needs to import none of them."""
 
 INTERRUPTED, TERMINATED, BUG = 130, 143, 70
+
+_OBJECTS = 50_000
+"""New objects after which garbage is looked for."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -111,7 +115,11 @@ def _reader_gone() -> int:
 
 def entry() -> None:
     """Console script."""
-    sys.exit(main())
+    # What a command imports stays to its end: looking for garbage in it every few hundred objects finds none.
+    gc.set_threshold(_OBJECTS, *gc.get_threshold()[1:])
+    code = main()
+    gc.freeze()  # and so does looking once more at the very end
+    sys.exit(code)
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> Any:

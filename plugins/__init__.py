@@ -33,7 +33,7 @@ ENTRY_POINTS = (
     "qpipe_info",
     "qpipe_range_stats_channels",
     "qpipe_range_stats_clear",
-    "qpipe_range_stats_read",
+    "qpipe_range_stats_histogram",
     "qpipe_range_stats_release",
     "qpipe_range_stats_take_channels",
 )

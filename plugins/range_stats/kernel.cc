@@ -179,19 +179,21 @@ int64_t copy_channels(const qpipe::range_stats::Channels& channels, int64_t capa
 
 extern "C" {
 
-// Adds to dense: int64 [65536]; sets facts: int64 [6] = finite, nan, +inf, -inf, sentinel, low_bits; range: float [2] = lo, hi.
-// Returns 0, or 1 when no node and no reader ever used the key.
-QPIPE_EXPORT int qpipe_range_stats_read(int64_t key, int64_t* dense, int64_t* facts, float* range) {
+// Fills ids: uint16 [65536] and counts: int64 [65536] of the bins that are not empty, ascending, and sets
+// facts: int64 [6] = finite, nan, +inf, -inf, sentinel, low_bits; range: float [2] = lo, hi.
+// Returns the number of bins, or -1 when no node and no reader ever used the key.
+QPIPE_EXPORT int64_t qpipe_range_stats_histogram(int64_t key, uint16_t* ids, int64_t* counts, int64_t* facts,
+                                                 float* range) {
     const auto state = qpipe::range_stats::Registry::instance().find(key);
-    if (!state) return 1;
+    if (!state) return -1;
     qpipe::range_stats::Extrema extrema;
-    state->read(dense, extrema);
+    const int64_t bins = state->read(ids, counts, extrema);
     const int64_t all[6] = {extrema.finite,  extrema.nan,      extrema.pos_inf,
                             extrema.neg_inf, extrema.sentinel, extrema.low_bits};
     std::memcpy(facts, all, sizeof all);
     range[0] = extrema.lo;
     range[1] = extrema.hi;
-    return 0;
+    return bins;
 }
 
 // Returns the number of channels, 0 when none were summed, and fills the arrays when `capacity` is enough.

@@ -101,11 +101,12 @@ def read(key: int, *, clear: bool = False) -> tuple[Histogram, ChannelAmax | Non
         PluginError: The library does not load.
         KeyError: No session was opened with the key.
     """
-    dense = np.zeros(BINS, np.int64)
+    ids, counts = np.empty(BINS, np.uint16), np.empty(BINS, np.int64)
     facts = np.zeros(6, np.int64)
     span = np.zeros(2, np.float32)
     lib = _functions()
-    if lib.qpipe_range_stats_read(key, _pointer(dense), _pointer(facts), _pointer(span)):
+    size = lib.qpipe_range_stats_histogram(key, *(_pointer(array) for array in (ids, counts, facts, span)))
+    if size < 0:
         raise KeyError(key)
     finite, nan, pos_inf, neg_inf, sentinel, low_bits = (int(value) for value in facts)
     extrema = Extrema(
@@ -121,7 +122,7 @@ def read(key: int, *, clear: bool = False) -> tuple[Histogram, ChannelAmax | Non
     channels = _copied(lib.qpipe_range_stats_channels, key)
     if clear:
         lib.qpipe_range_stats_clear(key)
-    return Histogram.from_dense(dense, low_bits, extrema), channels
+    return Histogram(ids=ids[:size].copy(), counts=counts[:size].copy(), low_bits=low_bits, extrema=extrema), channels
 
 
 def release(keys: Iterable[int]) -> None:
@@ -155,8 +156,8 @@ def _pointer(array: np.ndarray) -> ctypes.c_void_p:
 def _functions() -> ctypes.CDLL:
     lib = library()
     key, pointer = ctypes.c_int64, ctypes.c_void_p
-    lib.qpipe_range_stats_read.argtypes = [key, pointer, pointer, pointer]
-    lib.qpipe_range_stats_read.restype = ctypes.c_int
+    lib.qpipe_range_stats_histogram.argtypes = [key, pointer, pointer, pointer, pointer]
+    lib.qpipe_range_stats_histogram.restype = ctypes.c_int64
     for copy in (lib.qpipe_range_stats_channels, lib.qpipe_range_stats_take_channels):
         copy.argtypes = [key, ctypes.c_int64, pointer, pointer, pointer, pointer]
         copy.restype = ctypes.c_int64

@@ -43,12 +43,13 @@ float as_float(uint32_t bits) {
 struct Survey {
     uint32_t any_bits = 0;   // OR of all bits
     int32_t magnitude = 0;   // largest magnitude, as bits; magnitudes order as signed integers do
+    uint32_t below = 0;      // bits of the smallest magnitude but zero, less 1
     float lo = 0, hi = 0;    // only meaningful without NaN
 };
 
 // A float's bits as an integer that orders like the float: negative floats have their magnitude flipped.
 QPIPE_CLONES Survey survey(const uint32_t* bits, int64_t size) {
-    uint32_t any = 0;
+    uint32_t any = 0, below = std::numeric_limits<uint32_t>::max();
     int32_t magnitude = 0, lo = std::numeric_limits<int32_t>::max(), hi = std::numeric_limits<int32_t>::min();
     for (int64_t i = 0; i < size; ++i) {
         const int32_t value = static_cast<int32_t>(bits[i]);
@@ -56,13 +57,14 @@ QPIPE_CLONES Survey survey(const uint32_t* bits, int64_t size) {
         const int32_t ordered = value ^ static_cast<int32_t>(static_cast<uint32_t>(value >> 31) >> 1);
         any |= bits[i];
         magnitude = std::max(magnitude, absolute);
+        below = std::min(below, static_cast<uint32_t>(absolute) - 1);
         lo = std::min(lo, ordered);
         hi = std::max(hi, ordered);
     }
     const auto back = [](int32_t ordered) {
         return as_float(static_cast<uint32_t>(ordered ^ static_cast<int32_t>(static_cast<uint32_t>(ordered >> 31) >> 1)));
     };
-    return {any, magnitude, back(lo), back(hi)};
+    return {any, magnitude, below, back(lo), back(hi)};
 }
 
 // A strip of channels: its sums stay in registers while all tokens go by, a cache line of each at a time.
@@ -103,14 +105,6 @@ QPIPE_CLONES void add_strip(const uint32_t* bits, int64_t tokens, int64_t channe
     std::memcpy(amax, &most, static_cast<size_t>(width) * sizeof(float));
     std::memcpy(total, &sum, static_cast<size_t>(width) * sizeof(double));
     std::memcpy(energy, &squares, static_cast<size_t>(width) * sizeof(double));
-}
-
-constexpr int64_t kPage = 128;  // bins of one sign and exponent; most pages stay empty
-
-bool is_empty(const uint32_t* ways) {
-    uint32_t any = 0;
-    for (int64_t i = 0; i < kPage * kWays; ++i) any |= ways[i];
-    return any == 0;
 }
 
 void* zero_pages(size_t bytes) {
@@ -187,6 +181,9 @@ void Table::count_chunk(const float* values, int64_t size, float sentinel) {
     chunk.low_bits = seen.any_bits & 0xffffu;
     extrema_.merge(chunk);
     pending_ += size;
+    first_ = std::min(first_, seen.below >> 23);
+    last_ = std::max(last_, static_cast<uint32_t>(seen.magnitude) >> 23);
+    has_negative_ |= seen.any_bits >> 31 != 0;
     uint32_t* counters = recent_.get();
     int64_t i = 0;
     for (; i + kLine <= size; i += kLine) {
@@ -198,38 +195,43 @@ void Table::count_chunk(const float* values, int64_t size, float sentinel) {
 
 void Table::fold() {
     if (!folded_) folded_.reset(static_cast<int64_t*>(zero_pages(kBins * sizeof(int64_t))));
-    add_recent_to(folded_.get());
+    for (int64_t page = 0; page < kPages; ++page) {
+        int64_t sums[kPage] = {};  // what was folded before included
+        if (add_page(page, sums)) std::memcpy(folded_.get() + page * kPage, sums, sizeof sums);
+    }
     clear_recent();
 }
 
-void Table::add_recent_to(int64_t* dense) const {
-    for (int64_t page = 0; page < kBins; page += kPage) {
-        const uint32_t* ways = recent_.get() + page * kWays;
-        if (is_empty(ways)) continue;
-        for (int64_t bin = 0; bin < kPage; ++bin) {
-            for (int way = 0; way < kWays; ++way) dense[page + bin] += ways[bin * kWays + way];
-        }
-    }
+bool Table::may_hold(int64_t page) const {
+    constexpr int64_t kExponents = kPages / 2;
+    const auto exponent = static_cast<uint32_t>(page % kExponents);
+    return (page < kExponents || has_negative_) && (exponent == 0 || (first_ <= exponent && exponent <= last_));
 }
 
-// Writes to pages of memory only that hold something: the others stay the system's one page of zeros.
+bool Table::add_page(int64_t page, int64_t* sums) const {
+    if (!may_hold(page)) return false;
+    const uint32_t* ways = recent_.get() + page * kPage * kWays;
+    for (int64_t bin = 0; bin < kPage; ++bin) {
+        for (int way = 0; way < kWays; ++way) sums[bin] += ways[bin * kWays + way];
+        if (folded_) sums[bin] += folded_[static_cast<size_t>(page * kPage + bin)];
+    }
+    return true;
+}
+
+// Writes only where something may be: the other pages of memory stay the system's one page of zeros.
 void Table::clear_recent() {
-    for (int64_t page = 0; page < kBins; page += kPage) {
-        uint32_t* ways = recent_.get() + page * kWays;
-        if (!is_empty(ways)) std::memset(ways, 0, kPage * kWays * sizeof(uint32_t));
+    for (int64_t page = 0; page < kPages; ++page) {
+        if (may_hold(page)) std::memset(recent_.get() + page * kPage * kWays, 0, kPage * kWays * sizeof(uint32_t));
     }
     pending_ = 0;
-}
-
-void Table::add_to(int64_t* dense, Extrema& extrema) const {
-    add_recent_to(dense);
-    for (int64_t bin = 0; folded_ && bin < kBins; ++bin) dense[bin] += folded_[static_cast<size_t>(bin)];
-    extrema.merge(extrema_);
 }
 
 void Table::clear() {
     clear_recent();
     folded_.reset();
+    first_ = kPages;
+    last_ = 0;
+    has_negative_ = false;
     extrema_ = {};
 }
 
@@ -258,10 +260,22 @@ void State::add_channels(const Channels& run) {
     channels_[std::this_thread::get_id()].merge(run);
 }
 
-void State::read(int64_t* dense, Extrema& extrema) const {
+int64_t State::read(uint16_t* ids, int64_t* counts, Extrema& extrema) const {
     const std::lock_guard<std::mutex> lock(mutex_);
     extrema = {};
-    for (const auto& table : tables_) table->add_to(dense, extrema);
+    for (const auto& table : tables_) extrema.merge(table->extrema());
+    int64_t size = 0;
+    for (int64_t page = 0; page < kPages; ++page) {
+        int64_t sums[kPage] = {};
+        bool holds = false;
+        for (const auto& table : tables_) holds |= table->add_page(page, sums);
+        for (int64_t bin = 0; holds && bin < kPage; ++bin) {
+            if (sums[bin] == 0) continue;
+            ids[size] = static_cast<uint16_t>(page * kPage + bin);
+            counts[size++] = sums[bin];
+        }
+    }
+    return size;
 }
 
 Channels State::channels() const {

@@ -12,6 +12,8 @@
 namespace qpipe::range_stats {
 
 constexpr int64_t kBins = 65536;
+constexpr int64_t kPage = 128;  // bins of one sign and exponent; most pages stay empty
+constexpr int64_t kPages = kBins / kPage;
 constexpr int kWays = 4;  // counters per bin: equal neighbours (zeros after a Relu) must not wait for each other
 
 // What is known beside the bins. lo and hi are meaningful when finite > 0.
@@ -29,14 +31,15 @@ class Table {
     Table();
     // float32 values; finite ones from `sentinel` on in magnitude are masks.
     void count(const float* values, int64_t size, float sentinel);
-    // Adds to dense [kBins] and extrema.
-    void add_to(int64_t* dense, Extrema& extrema) const;
+    // Adds a page to sums [kPage]; false when nothing can be in it.
+    bool add_page(int64_t page, int64_t* sums) const;
+    const Extrema& extrema() const { return extrema_; }
     void clear();
 
   private:
     void count_chunk(const float* values, int64_t size, float sentinel);
     void fold();
-    void add_recent_to(int64_t* dense) const;
+    bool may_hold(int64_t page) const;
     void clear_recent();
 
     struct Free {
@@ -45,6 +48,9 @@ class Table {
     std::unique_ptr<uint32_t[], Free> recent_;  // [kBins][kWays]
     std::unique_ptr<int64_t[], Free> folded_;   // [kBins], null until recent_ had to make room
     int64_t pending_ = 0;                       // values in recent_
+    // Exponents of what was counted, zeros aside: other pages need not be looked at.
+    uint32_t first_ = kPages, last_ = 0;
+    bool has_negative_ = false;
     Extrema extrema_;
 };
 
@@ -66,7 +72,8 @@ class State {
     void give_back(const std::vector<Table*>& tables);
     void add_channels(const Channels& run);
 
-    void read(int64_t* dense, Extrema& extrema) const;
+    // Fills ids and counts [kBins] of the bins that hold something, in ascending order; returns their number.
+    int64_t read(uint16_t* ids, int64_t* counts, Extrema& extrema) const;
     Channels channels() const;
     void clear();
     Channels own_channels() const;  // of runs that the calling thread started

@@ -12,7 +12,6 @@ Source: ONNX operators DynamicQuantizeLinear and MatMulInteger.
 
 from __future__ import annotations
 
-import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
@@ -54,8 +53,7 @@ def quantized_at_run_time(bench: Workbench, tensor: gs.Tensor) -> tuple[gs.Tenso
 def _constants(bench: Workbench, weight: Stored) -> tuple[gs.Constant, gs.Constant, list[gs.Constant]]:
     """Return codes [in, out], scales [out] or [], and a list of one zero point, empty when it is 0."""
     name, onnx_type, shape = weight.name, weight.spec.format.onnx_type, () if weight.scale.ndim == 0 else (-1,)
-    turned = np.ascontiguousarray(weight.codes.T)
-    codes = bench.shared_constant(("dynamic", "codes", *weight.key), f"{name}_quantized", turned, onnx_type)
+    codes = bench.shared_constant(("dynamic", "codes", *weight.key), f"{name}_quantized", weight.codes.T, onnx_type)
     scale = weight.scale.reshape(shape)
     scales = bench.shared_constant(("dynamic", "scale", *weight.key), f"{name}_scale", scale, "FLOAT")
     if weight.zero is None:

@@ -69,6 +69,8 @@ def test_the_float_function_stays(how: str, body: str, folded: bool, muls: int) 
     assert done[0].spread > 5
     changed = float_function_stays(proto, work)
     assert [n.op_type for n in changed.graph.node].count("Mul") == muls
+    products = [node for node in work.graph.nodes if node.op == "MatMul"]
+    assert all(node.inputs[1]._values.takes_work for node in products), "an equalized weight is held as a whole"
 
 
 @pytest.mark.parametrize("level", ["channels", "gram"])

@@ -8,13 +8,18 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 from qpipe.calibrate.errors import RecipeError
 from qpipe.calibrate.weights.pairs import PAIR_LIMIT
+from qpipe.pipeline.graph import from_proto
+from qpipe.pipeline.recipe import make_recipe
 from qpipe.pipeline.session import SessionExtras, make_session
+from qpipe.pipeline.stages.prepare import prepare
+from qpipe.pipeline.stages.quantize import quantize_model
 from quantizing import Result, model, normal, quantize, run
 
 Array = np.ndarray[Any, Any]
@@ -53,6 +58,14 @@ def oracle(found: Result, x: Array) -> Array:
     scales = next(n for n in found.proto.graph.node if n.op_type == "Mul")
     codes, scale, zero = quantize_at_run_time(x)
     return ((codes - zero) @ weight).astype(np.float32) * (scale * held[scales.input[1]])
+
+
+@pytest.mark.parametrize("scheme", ["w8", "w8a8-dynamic"])
+def test_codes_of_a_weight_are_made_when_they_are_saved(scheme: str) -> None:
+    source, recipe = one_product(normal(512, 300)), make_recipe(scheme=scheme, target="ort-cpu-vnni")
+    graph = quantize_model(prepare(from_proto(source)), recipe).model.graph
+    held = [t._values for node in graph.nodes for t in node.inputs if isinstance(t, gs.Constant) and t.dtype == np.int8]
+    assert [values.takes_work for values in held if values.shape == (512, 300)] == [True]
 
 
 @settings(max_examples=40, deadline=None)

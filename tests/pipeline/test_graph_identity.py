@@ -53,6 +53,14 @@ def test_storage_and_notes_do_not_count(tmp_path: Path) -> None:
     assert digest(noted) == expected
 
 
+def test_a_hash_is_of_the_model_as_it_was_when_it_was_begun() -> None:
+    model = graph.from_proto(build())
+    hashing, expected = graph.begin_hash(model), digest(build())
+    model.graph.nodes.clear()
+    assert (hashing(), hashing()) == (expected, expected)
+    assert graph.model_hash(model) != expected
+
+
 def changed_weight() -> ModelProto:
     return build(weight=1.0000001)
 

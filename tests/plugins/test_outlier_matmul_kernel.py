@@ -74,18 +74,34 @@ def test_outputs_match_the_reference(lane, seed, lead, inputs, outputs, share, d
     rows=st.sampled_from([1, 2, 3, 4, 5, 7, 23, 24, 25, 31, 64, 70]),
     inputs=st.integers(1, 1100),
     outputs=st.integers(1, 80),
-    extreme=st.booleans(),
+    spread=st.sampled_from(["extreme", "even", "normal"]),
 )
-def test_integer_sums_are_exact(lane, seed, rows, inputs, outputs, extreme) -> None:
+def test_integer_sums_are_exact(lane, seed, rows, inputs, outputs, spread) -> None:
+    """Whether pairs of weights can overflow 16 bits in every order of the inputs, in some, or in hardly any."""
     rng = np.random.default_rng(seed)
-    choices = np.array([-127, 127]) if extreme else np.arange(-127, 128)
-    w_q = rng.choice(choices, (outputs, inputs)).astype(np.int8)
+    choices = np.array([-127, 127]) if spread == "extreme" else np.arange(-127, 128)
+    share = np.exp(-((choices / 40) ** 2) / 2) if spread == "normal" else np.ones(choices.size)
+    w_q = rng.choice(choices, (outputs, inputs), p=share / share.sum()).astype(np.int8)
     x = rng.choice(choices, (rows, inputs)).astype(np.float32)
     x[:, rng.integers(inputs)] = 127  # the row's scale is exactly 1
     case = Case(x=x, packed=integers(w_q))
     got, _ = run(open_session(case.model()), x)
     exact = x.astype(np.int64) @ w_q.T.astype(np.int64)
     np.testing.assert_array_equal(got, exact.astype(np.float32))
+
+
+def test_rows_beyond_a_block_are_exact(lane) -> None:
+    """More rows than are quantized at a time; some of them with new outliers, in more than one block."""
+    rng = np.random.default_rng(12)
+    w_q = rng.integers(-127, 128, (20, 1000)).astype(np.int8)
+    x = rng.integers(-127, 128, (1100, 1000)).astype(np.float32)
+    x[:, 0] = 127
+    x[::77, 1] = 9_000
+    case = Case(x=x, packed=integers(w_q), limit=127.0)
+    got, new_outliers = run(open_session(case.model(), threads=2), x)
+    exact = x.astype(np.int64) @ w_q.T.astype(np.int64)
+    np.testing.assert_array_equal(got, exact.astype(np.float32))
+    assert new_outliers == np.count_nonzero(x == 9_000)
 
 
 @pytest.mark.parametrize("rows", [3, 40])

@@ -51,6 +51,13 @@ constexpr SetBits kSetBits;
     int64_t i = 0;
     for (; i + 8 <= count; i += 8) {
         const uint8_t bits = keep[i / 8];
+        if (bits == 0xff) {  // by far the most frequent
+            const __m256 kept = _mm256_loadu_ps(x + i);
+            _mm256_storeu_ps(out + found.count, kept);
+            largest = _mm256_max_epi32(largest, _mm256_and_si256(_mm256_castps_si256(kept), magnitude));
+            found.count += 8;
+            continue;
+        }
         const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSetBits.position[bits]));
         const __m256i positions = _mm256_cvtepi8_epi32(bytes);
         const __m256 kept = _mm256_permutevar8x32_ps(_mm256_loadu_ps(x + i), positions);
@@ -75,7 +82,6 @@ constexpr SetBits kSetBits;
 
 [[maybe_unused]] void encode(const float* x, int64_t count, float inverse, uint8_t* q) {
     const __m256 factor = _mm256_set1_ps(inverse);
-    const __m256 high = _mm256_set1_ps(127.0f), low = _mm256_set1_ps(-127.0f);
     const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);  // undoes the lane-wise packing
     const __m256i flip = _mm256_set1_epi8(static_cast<char>(0x80));  // adds 128
     for (int64_t i = 0; i < count; i += 32) {
@@ -87,8 +93,7 @@ constexpr SetBits kSetBits;
         }
         __m256i part[4];
         for (int j = 0; j < 4; ++j) {
-            const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(from + 8 * j), factor);
-            part[j] = _mm256_cvtps_epi32(_mm256_max_ps(_mm256_min_ps(scaled, high), low));
+            part[j] = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(from + 8 * j), factor));
         }
         const __m256i words = _mm256_packs_epi32(part[0], part[1]);
         const __m256i more = _mm256_packs_epi32(part[2], part[3]);

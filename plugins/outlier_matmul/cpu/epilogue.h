@@ -71,6 +71,10 @@ void finish_block(const EpilogueTask& task, int64_t m, int64_t n) {
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
         T* y = static_cast<T*>(task.y) + (m + r) * task.y_stride + n;
+        if (n + kVectors * V::kWidth <= task.columns) {
+            for (int v = 0; v < kVectors; ++v) store_vector<V>(y + v * V::kWidth, value[r][v]);
+            continue;
+        }
         for (int v = 0; v < kVectors && n + v * V::kWidth < task.columns; ++v) {
             store_some<V>(y + v * V::kWidth, value[r][v], task.columns - n - v * V::kWidth);
         }

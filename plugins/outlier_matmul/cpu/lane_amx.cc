@@ -96,11 +96,12 @@ void dot(const TileTask& t) {
 }
 
 constexpr Lane kLane{"amx",
-                     /*saturates=*/false,
+                     /*rows=*/32,
                      kTileDepth,
                      {widen_float, widen_half, widen_bfloat},
                      gather_wide,
                      encode,
+                     /*expand=*/nullptr,
                      dot,
                      {epilogue<Zmm, float>, epilogue<Zmm, Half>, epilogue<Zmm, BFloat>}};
 

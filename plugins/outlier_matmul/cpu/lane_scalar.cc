@@ -28,10 +28,8 @@ Gathered gather(const float* x, const uint8_t* keep, int64_t count, float* out) 
 
 void encode(const float* x, int64_t count, float inverse, uint8_t* q) {
     for (int64_t i = 0; i < count; ++i) {
-        float scaled = x[i] * inverse;
-        scaled = scaled > 127.0f ? 127.0f : scaled < -127.0f ? -127.0f : scaled;
         // Adding 1.5 * 2^23 leaves no fraction bits, so that the addition itself rounds half to even.
-        const float rounded = (scaled + 12582912.0f) - 12582912.0f;
+        const float rounded = (x[i] * inverse + 12582912.0f) - 12582912.0f;
         q[i] = static_cast<uint8_t>(static_cast<int32_t>(rounded) + 128);
     }
 }
@@ -76,11 +74,12 @@ void epilogue(const EpilogueTask& task) {
 }
 
 constexpr Lane kLane{"scalar",
-                     /*saturates=*/false,
+                     /*rows=*/16,
                      /*depth=*/16,
                      {widen_float, widen_words<half_to_float>, widen_words<bfloat_to_float>},
                      gather,
                      encode,
+                     /*expand=*/nullptr,
                      each_strip<dot>,
                      {epilogue<float>, epilogue<Word<float_to_half>>, epilogue<Word<float_to_bfloat>>}};
 

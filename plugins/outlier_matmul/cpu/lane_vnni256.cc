@@ -44,11 +44,12 @@ constexpr const char* kName = "avxvnni";
 #endif
 
 constexpr Lane kLane{kName,
-                     /*saturates=*/false,
+                     /*rows=*/24,
                      /*depth=*/16,
                      {widen_float, widen_half, widen_bfloat},
                      gather,
                      encode,
+                     /*expand=*/nullptr,
                      each_strip<vnni_dot<Vector>>,
                      {epilogue<Ymm, float>, epilogue<Ymm, Half>, epilogue<Ymm, BFloat>}};
 

@@ -11,11 +11,12 @@ namespace qpipe::outlier_matmul {
 namespace {
 
 constexpr Lane kLane{"avx512vnni",
-                     /*saturates=*/false,
+                     /*rows=*/24,
                      /*depth=*/16,
                      {widen_float, widen_half, widen_bfloat},
                      gather_wide,
                      encode,
+                     /*expand=*/nullptr,
                      each_strip<vnni_dot<ZmmSums>>,
                      {epilogue<Zmm, float>, epilogue<Zmm, Half>, epilogue<Zmm, BFloat>}};
 

@@ -15,23 +15,42 @@ enum ElementType { kFloat32, kFloat16, kBFloat16, kElementTypes };
 // and no sum across a vector is needed.
 //
 // AVX2's vpmaddubsw adds two products in 16 bits and saturates. Codes being 0..255 it is exact where the weights of one
-// sign in a pair add up to at most 128 in magnitude, because 255 * 128 < 2^15. Quads of such pairs are safe and come
-// first; the others take one more step.
+// sign in a pair add up to at most 128 in magnitude, because 255 * 128 < 2^15. Which inputs of a quad make a pair is
+// free, and so is the sign of an input: 127 - q times -w gives the same product. A lane that saturates reads the codes
+// in several such orders, and a quad takes the first one that is safe for its 16 columns. Quads without any come last,
+// and take one more step.
 constexpr int64_t kStripColumns = 16;
 constexpr int64_t kQuad = 4;
 constexpr int kSafeSum = 128;
 
+// A quad's bytes: the inputs that they hold, and all bits where 127 - q is stored for q + 128, else 0.
+struct Order {
+    uint8_t input[kQuad];
+    uint8_t flip[kQuad];
+};
+constexpr uint8_t kFlip = 0xff;
+constexpr Order kOrders[] = {
+    {{0, 1, 2, 3}, {}}, {{0, 1, 2, 3}, {0, kFlip, 0, kFlip}},
+    {{0, 2, 1, 3}, {}}, {{0, 2, 1, 3}, {0, kFlip, 0, kFlip}},
+    {{0, 3, 1, 2}, {}}, {{0, 3, 1, 2}, {0, kFlip, 0, kFlip}},
+};
+constexpr int64_t kOrderCount = sizeof kOrders / sizeof kOrders[0];
+
+// For such a lane every block of 64 codes is written out in several forms: in the orders, as q, and as |q|.
+constexpr int64_t kCodeBlock = 64;
+constexpr int64_t kUnorderedForms = 2;  // q and |q|, behind the orders
+
 // Sums of up to `rows` x `strips` * 16 products: sums[m][n] = sum_k q[m, k] * w[n, k], exactly.
 struct TileTask {
-    const uint8_t* q;  // [rows, q_stride], readable for 4 * quads bytes
+    const uint8_t* q;  // [rows, q_stride], written out where the lane does that
     int64_t q_stride;
     int64_t rows;
     int64_t strips;
     int64_t quads;
     const int8_t* weights;      // [strips][quads][16][4]
-    const int32_t* order;       // [strips][quads]: first input of each quad
+    const int32_t* order;       // [strips][quads]: where a row has each quad's codes
     const int32_t* safe;        // [strips]: number of safe quads
-    const int32_t* correction;  // [strips][16]: what the 128 added to the codes of safe quads adds to the sums
+    const int32_t* correction;  // [strips][16]: what the 128 or 127 in the codes of safe quads adds to the sums
     int32_t* sums;              // [rows, sums_stride], rows aligned to 64 bytes
     int64_t sums_stride;
 };
@@ -87,14 +106,18 @@ struct Gathered {
 
 struct Lane {
     const char* name;
-    bool saturates;  // only safe quads may be multiplied the short way
-    int64_t depth;   // a strip's inputs are padded to a multiple of it
+    int64_t rows;   // of a tile
+    int64_t depth;  // a strip's inputs are padded to a multiple of it
     // Elements to float32, without loss.
     void (*widen[kElementTypes])(const void* x, int64_t count, float* out);
     // Moves the elements whose bit in `keep` is set together. `out` may be `x`; keep is padded to 64 bits.
     Gathered (*gather)(const float* x, const uint8_t* keep, int64_t count, float* out);
-    // clip(rint(x * inverse), -127, 127) + 128; rint rounds half to even. Writes whole vectors: q is padded to 64.
+    // rint(x * inverse) + 128, rounding half to even; the caller sees to it that |x * inverse| < 127.5. Writes whole
+    // vectors: q is padded to 64.
     void (*encode)(const float* x, int64_t count, float inverse, uint8_t* q);
+    // Writes `depth` codes out in the first `orders` orders, as q and as |q|: [depth / 64][orders + 2][64]. Null: the
+    // lane does not saturate, and reads codes as they are.
+    void (*expand)(const uint8_t* q, int64_t depth, int64_t orders, uint8_t* forms);
     void (*dot)(const TileTask& task);
     void (*epilogue[kElementTypes])(const EpilogueTask& task);
 };

@@ -68,6 +68,7 @@ class SessionExtras:
         ragged: Inputs change shape from run to run: keep no plan of the memory per shape.
         eager: Run every operator as soon as it can, also one that nobody waits for: what it reads is in the cache then.
         optimized_model: Where ONNX Runtime writes the graph it actually runs, None for nowhere.
+        profile: Start of the name of the file in which ONNX Runtime notes what each operator took, None for none.
     """
 
     config: Mapping[str, str] = field(default_factory=dict)
@@ -77,6 +78,7 @@ class SessionExtras:
     ragged: bool = False
     eager: bool = False
     optimized_model: Path | None = None
+    profile: Path | None = None
 
 
 DEFAULT_EXTRAS = SessionExtras()
@@ -137,6 +139,8 @@ def session_options(
     options.enable_mem_pattern = not extras.ragged
     if extras.optimized_model is not None:
         options.optimized_model_filepath = str(extras.optimized_model)
+    if extras.profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(extras.profile)
     config = {ACCURACY_KEY: EXACT_ACCURACY_LEVEL if exact else DEPLOYED_ACCURACY_LEVEL, **extras.config}
     if extras.eager or extras.mapped:  # if not, all constants are computed first, and held
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED

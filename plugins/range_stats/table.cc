@@ -16,11 +16,16 @@
 namespace qpipe::range_stats {
 namespace {
 
-constexpr int64_t kChunk = 4096;  // values: two passes over 16 KiB stay in the first-level cache
+constexpr int64_t kChunk = 4096;  // values: they and their keys stay in the first-level cache
 constexpr int64_t kLine = 16;    // values of one cache line
+constexpr int64_t kFewRepeats = 2;  // one in so many
 constexpr int64_t kFoldAt = int64_t{1} << 31;
 constexpr uint32_t kMagnitude = 0x7fffffffu;
 constexpr uint32_t kInfinity = 0x7f800000u;
+constexpr uint32_t kSignBin = 0x8000u;
+constexpr uint32_t kSpare = kInfinity >> 16;  // first of the bins that nothing is counted in
+constexpr uint32_t kTurns = 16;
+constexpr int64_t kExponents = kPages / 2;
 
 void prefetch([[maybe_unused]] const void* place) {
 #if defined(__GNUC__)
@@ -45,10 +50,13 @@ struct Survey {
     int32_t magnitude = 0;   // largest magnitude, as bits; magnitudes order as signed integers do
     uint32_t below = 0;      // bits of the smallest magnitude but zero, less 1
     float lo = 0, hi = 0;    // only meaningful without NaN
+    uint16_t repeats = 0;    // keys that equal the one before
 };
 
-// A float's bits as an integer that orders like the float: negative floats have their magnitude flipped.
-QPIPE_CLONES Survey survey(const uint32_t* bits, int64_t size) {
+// Fills keys: the counter of each value. Zeros, of which a Relu makes many in a row, take turns among counters of bins
+// that only NaN would be in: an increment has to wait for the one before where both are of the same counter.
+// ordered: a float's bits as an integer that orders like the float: negative floats have their magnitude flipped.
+QPIPE_CLONES Survey survey(const uint32_t* bits, int64_t size, uint16_t* keys) {
     uint32_t any = 0, below = std::numeric_limits<uint32_t>::max();
     int32_t magnitude = 0, lo = std::numeric_limits<int32_t>::max(), hi = std::numeric_limits<int32_t>::min();
     for (int64_t i = 0; i < size; ++i) {
@@ -60,11 +68,16 @@ QPIPE_CLONES Survey survey(const uint32_t* bits, int64_t size) {
         below = std::min(below, static_cast<uint32_t>(absolute) - 1);
         lo = std::min(lo, ordered);
         hi = std::max(hi, ordered);
+        const uint32_t bin = bits[i] >> 16;
+        const uint32_t turn = kSpare | (static_cast<uint32_t>(i) % kTurns);
+        keys[i] = static_cast<uint16_t>((bin & ~kSignBin) == 0 ? bin | turn : bin);
     }
+    uint16_t repeats = 0;
+    for (int64_t i = 1; i < size; ++i) repeats = static_cast<uint16_t>(repeats + (keys[i] == keys[i - 1]));
     const auto back = [](int32_t ordered) {
         return as_float(static_cast<uint32_t>(ordered ^ static_cast<int32_t>(static_cast<uint32_t>(ordered >> 31) >> 1)));
     };
-    return {any, magnitude, below, back(lo), back(hi)};
+    return {any, magnitude, below, back(lo), back(hi), repeats};
 }
 
 // A strip of channels: its sums stay in registers while all tokens go by, a cache line of each at a time.
@@ -143,7 +156,7 @@ void Channels::merge(const Channels& other) {
 
 void Table::Free::operator()(void* memory) const { std::free(memory); }
 
-Table::Table() : recent_(static_cast<uint32_t*>(zero_pages(kBins * kWays * sizeof(uint32_t)))) {}
+Table::Table() : recent_(static_cast<uint32_t*>(zero_pages(kBins * sizeof(uint32_t)))) {}
 
 void Table::count(const float* values, int64_t size, float sentinel) {
     for (int64_t first = 0; first < size; first += kChunk) {
@@ -153,26 +166,13 @@ void Table::count(const float* values, int64_t size, float sentinel) {
 }
 
 void Table::count_chunk(const float* values, int64_t size, float sentinel) {
-    uint32_t bits[kChunk];
-    std::memcpy(bits, values, static_cast<size_t>(size) * sizeof(float));
-    Survey seen = survey(bits, size);
+    uint16_t keys[kChunk];
+    Survey seen = survey(reinterpret_cast<const uint32_t*>(values), size, keys);
+    uint32_t kept[kChunk];  // touched only where something is left out
     if (static_cast<uint32_t>(seen.magnitude) >= as_bits(sentinel)) {
-        int64_t kept = 0;
-        for (int64_t i = 0; i < size; ++i) {
-            const uint32_t magnitude = bits[i] & kMagnitude;
-            if (magnitude < as_bits(sentinel)) {
-                bits[kept++] = bits[i];
-            } else if (magnitude > kInfinity) {
-                ++extrema_.nan;
-            } else if (magnitude == kInfinity) {
-                ++(bits[i] >> 31 ? extrema_.neg_inf : extrema_.pos_inf);
-            } else {
-                ++extrema_.sentinel;
-            }
-        }
-        size = kept;
+        size = keep_measurements(values, size, as_bits(sentinel), kept);
         if (size == 0) return;
-        seen = survey(bits, size);
+        seen = survey(kept, size, keys);
     }
     Extrema chunk;
     chunk.finite = size;
@@ -186,11 +186,34 @@ void Table::count_chunk(const float* values, int64_t size, float sentinel) {
     has_negative_ |= seen.any_bits >> 31 != 0;
     uint32_t* counters = recent_.get();
     int64_t i = 0;
+    if (seen.repeats > size / kFewRepeats) {
+        for (int64_t end = 0; i < size; i = end) {
+            while (end < size && keys[end] == keys[i]) ++end;
+            counters[keys[i]] += static_cast<uint32_t>(end - i);
+        }
+    }
     for (; i + kLine <= size; i += kLine) {
         prefetch(values + i + kChunk);  // the next chunk comes while this one is counted
-        for (int64_t j = 0; j < kLine; ++j) ++counters[(bits[i + j] >> 16) * kWays + static_cast<uint32_t>(j % kWays)];
+        for (int64_t j = 0; j < kLine; ++j) ++counters[keys[i + j]];
     }
-    for (; i < size; ++i) ++counters[(bits[i] >> 16) * kWays];
+    for (; i < size; ++i) ++counters[keys[i]];
+}
+
+int64_t Table::keep_measurements(const float* values, int64_t size, uint32_t limit, uint32_t* kept) {
+    int64_t count = 0;
+    for (int64_t i = 0; i < size; ++i) {
+        const uint32_t bits = as_bits(values[i]), magnitude = bits & kMagnitude;
+        if (magnitude < limit) {
+            kept[count++] = bits;
+        } else if (magnitude > kInfinity) {
+            ++extrema_.nan;
+        } else if (magnitude == kInfinity) {
+            ++(bits >> 31 ? extrema_.neg_inf : extrema_.pos_inf);
+        } else {
+            ++extrema_.sentinel;
+        }
+    }
+    return count;
 }
 
 void Table::fold() {
@@ -203,17 +226,19 @@ void Table::fold() {
 }
 
 bool Table::may_hold(int64_t page) const {
-    constexpr int64_t kExponents = kPages / 2;
     const auto exponent = static_cast<uint32_t>(page % kExponents);
     return (page < kExponents || has_negative_) && (exponent == 0 || (first_ <= exponent && exponent <= last_));
 }
 
 bool Table::add_page(int64_t page, int64_t* sums) const {
     if (!may_hold(page)) return false;
-    const uint32_t* ways = recent_.get() + page * kPage * kWays;
+    const uint32_t* counters = recent_.get() + page * kPage;
     for (int64_t bin = 0; bin < kPage; ++bin) {
-        for (int way = 0; way < kWays; ++way) sums[bin] += ways[bin * kWays + way];
+        sums[bin] += counters[bin];
         if (folded_) sums[bin] += folded_[static_cast<size_t>(page * kPage + bin)];
+    }
+    if (page % kExponents == 0) {
+        for (uint32_t turn = 0; turn < kTurns; ++turn) sums[0] += counters[kSpare + turn];
     }
     return true;
 }
@@ -221,7 +246,10 @@ bool Table::add_page(int64_t page, int64_t* sums) const {
 // Writes only where something may be: the other pages of memory stay the system's one page of zeros.
 void Table::clear_recent() {
     for (int64_t page = 0; page < kPages; ++page) {
-        if (may_hold(page)) std::memset(recent_.get() + page * kPage * kWays, 0, kPage * kWays * sizeof(uint32_t));
+        if (!may_hold(page)) continue;
+        uint32_t* counters = recent_.get() + page * kPage;
+        std::memset(counters, 0, kPage * sizeof(uint32_t));
+        if (page % kExponents == 0) std::memset(counters + kSpare, 0, kTurns * sizeof(uint32_t));
     }
     pending_ = 0;
 }

@@ -14,7 +14,6 @@ namespace qpipe::range_stats {
 constexpr int64_t kBins = 65536;
 constexpr int64_t kPage = 128;  // bins of one sign and exponent; most pages stay empty
 constexpr int64_t kPages = kBins / kPage;
-constexpr int kWays = 4;  // counters per bin: equal neighbours (zeros after a Relu) must not wait for each other
 
 // What is known beside the bins. lo and hi are meaningful when finite > 0.
 struct Extrema {
@@ -38,6 +37,8 @@ class Table {
 
   private:
     void count_chunk(const float* values, int64_t size, float sentinel);
+    // Copies the bits of magnitudes below `limit`, counts the others; returns how many were copied.
+    int64_t keep_measurements(const float* values, int64_t size, uint32_t limit, uint32_t* kept);
     void fold();
     bool may_hold(int64_t page) const;
     void clear_recent();
@@ -45,7 +46,7 @@ class Table {
     struct Free {
         void operator()(void* memory) const;
     };
-    std::unique_ptr<uint32_t[], Free> recent_;  // [kBins][kWays]
+    std::unique_ptr<uint32_t[], Free> recent_;  // [kBins]
     std::unique_ptr<int64_t[], Free> folded_;   // [kBins], null until recent_ had to make room
     int64_t pending_ = 0;                       // values in recent_
     // Exponents of what was counted, zeros aside: other pages need not be looked at.

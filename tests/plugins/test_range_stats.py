@@ -162,3 +162,44 @@ def test_unknown_tensors_and_keys() -> None:
     session.run(["y"], {"x": np.ones((1, 1), np.float32)})
     with pytest.raises(KeyError):
         read(attached.keys["x"])
+
+
+RUNS = {
+    "one value": np.full(9000, 1.5),
+    "zeros": np.zeros(9000),
+    "zeros of both signs": np.resize([0.0, -0.0], 9001),
+    "next to zero": np.resize([0.0, 1e-45, -1e-45, 1e-40, -1e-39, -0.0], 8190),
+    "two values": np.resize([0.0, 1.0, 1.0], 4097),
+    "runs": np.repeat(np.arange(-600, 600), 8),
+    "runs and zeros": np.repeat(np.resize([0.0, 3.0, -3.0], 3000), 5),
+    "runs and what is left out": np.repeat([np.nan, 2.0, np.inf, 0.0, -np.inf, 3e38, -2.0], 2000),
+}
+
+
+@pytest.mark.parametrize("sentinel", [1e30, np.inf])
+@pytest.mark.parametrize("name", RUNS)
+def test_values_in_a_row_are_all_counted(name: str, sentinel: float) -> None:
+    x = RUNS[name].astype(np.float32)[None]
+    attached = attach(model(), ["x"], sentinel=sentinel)
+    session = open_session(attached)
+    observer = HistogramObserver(sentinel)
+    for part in (x, x[:, :5], x[:, ::3].copy(), np.negative(x)):
+        session.run(["y"], {"x": part})
+        observer.update(part)
+    assert read(attached.keys["x"], clear=True)[0] == observer.result()
+    session.run(["y"], {"x": x})
+    assert read(attached.keys["x"])[0] == Histogram.of(x, sentinel)
+    release(attached.keys.values())
+
+
+@pytest.mark.slow
+def test_counters_of_32_bits_do_not_overflow() -> None:
+    x = np.resize(np.float32([-2.5, 1, 1, 1, 1, 1, 1, 1]), (1, 2**24))
+    attached = attach(model(), ["x"])
+    session = open_session(attached)
+    for _ in range(300):  # 4.4e9 ones
+        session.run([session.get_outputs()[1].name], {"x": x})
+    histogram = read(attached.keys["x"])[0]
+    counts = {0x3F80: 7 * 2**21 * 300, 0xC020: 2**21 * 300}
+    assert dict(zip(histogram.ids.tolist(), histogram.counts.tolist(), strict=True)) == counts
+    release(attached.keys.values())

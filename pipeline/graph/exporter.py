@@ -7,6 +7,7 @@ and a large one gets them streamed into a data file; the whole model is never on
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -209,8 +210,7 @@ def value_info(tensor: gs.Tensor) -> ValueInfoProto:
         proto.name = tensor.name
     if tensor.dtype is None:
         return proto
-    number = tensor.dtype if isinstance(tensor.dtype, int) else onnx_type_of(tensor.dtype)
-    fresh = onnx.helper.make_tensor_type_proto(number, None if tensor.shape is None else list(tensor.shape))
+    fresh = _type_proto(tensor.dtype, None if tensor.shape is None else tuple(tensor.shape))
     if origin is None:
         proto.type.CopyFrom(fresh)
     elif not _same_type(proto.type, fresh):
@@ -219,6 +219,13 @@ def value_info(tensor: gs.Tensor) -> ValueInfoProto:
         if denotation:
             proto.type.denotation = denotation
     return proto
+
+
+@functools.lru_cache(maxsize=1024)
+def _type_proto(dtype: Any, shape: tuple[int | str | None, ...] | None) -> onnx.TypeProto:
+    """Return the type of a tensor; not to be changed, for tensors of a model have few types and share them."""
+    number = dtype if isinstance(dtype, int) else onnx_type_of(dtype)
+    return onnx.helper.make_tensor_type_proto(number, shape)
 
 
 def _same_type(one: onnx.TypeProto, other: onnx.TypeProto) -> bool:

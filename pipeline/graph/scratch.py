@@ -24,7 +24,7 @@ LARGE = 2**16
 """Arrays of fewer bytes stay in memory."""
 
 _SEGMENT = 2**28
-_MANY = 2**25
+_MANY = 2**20
 _PAGE = mmap.ALLOCATIONGRANULARITY
 _lock = threading.Lock()
 _held = [0]

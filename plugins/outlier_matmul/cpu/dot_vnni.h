@@ -48,12 +48,54 @@ void vnni_block(const StripTask& t, int64_t m0) {
     }
 }
 
+// One row by several strips: as many streams through memory at a time, which one alone does not keep busy.
+template <class V, int Strips>
+void vnni_streams(const TileTask& t, int64_t strip) {
+    constexpr int64_t kLanes = kStripColumns / V::kVectors;
+    const int64_t length = t.quads * kStripColumns * kQuad;
+    const int8_t* weights = t.weights + strip * length;
+    typename V::Type sum[Strips][V::kVectors];
+#pragma GCC unroll 8
+    for (int s = 0; s < Strips; ++s) {
+        for (int v = 0; v < V::kVectors; ++v) {
+            sum[s][v] = V::sub(V::zero(), V::load(t.correction + (strip + s) * kStripColumns + v * kLanes));
+        }
+    }
+    for (int64_t j = 0; j < t.quads; ++j) {
+        const typename V::Type a = V::broadcast(t.q + j * kQuad);
+#pragma GCC unroll 8
+        for (int s = 0; s < Strips; ++s) {
+            for (int v = 0; v < V::kVectors; ++v) {
+                const int8_t* w = weights + s * length + (j * V::kVectors + v) * kLanes * kQuad;
+                sum[s][v] = V::dot(sum[s][v], a, V::load(w));
+            }
+        }
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < Strips; ++s) {
+        for (int v = 0; v < V::kVectors; ++v) V::store(t.sums + (strip + s) * kStripColumns + v * kLanes, sum[s][v]);
+    }
+}
+
 template <class V>
-void vnni_dot(const StripTask& t) {
+void vnni_row(const TileTask& t) {
+    constexpr int kStreams = 4;
+    int64_t strip = 0;
+    for (; strip + kStreams <= t.strips; strip += kStreams) vnni_streams<V, kStreams>(t, strip);
+    for (; strip < t.strips; ++strip) vnni_block<V, 1, 4>(strip_of(t, strip), 0);
+}
+
+template <class V>
+void vnni_strip(const StripTask& t) {
     int64_t m = 0;
     for (; m + V::kRows <= t.rows; m += V::kRows) vnni_block<V, V::kRows, 1>(t, m);
     for (; m + 2 <= t.rows; m += 2) vnni_block<V, 2, 2>(t, m);
     if (m < t.rows) vnni_block<V, 1, 4>(t, m);
+}
+
+template <class V>
+void vnni_dot(const TileTask& t) {
+    t.rows == 1 ? vnni_row<V>(t) : each_strip<vnni_strip<V>>(t);
 }
 
 }  // namespace

@@ -82,7 +82,7 @@ void rows_of_strips(const TileTask& t, int64_t m0) {
 }
 
 void dot(const TileTask& t) {
-    if (t.rows <= kFewRows) return each_strip<vnni_dot<ZmmSums>>(t);
+    if (t.rows <= kFewRows) return vnni_dot<ZmmSums>(t);
     for (int64_t m = 0; m < t.rows; m += 2 * kTileHeight) {
         const int64_t left = t.rows - m;
         const int64_t first = left < kTileHeight ? left : kTileHeight;

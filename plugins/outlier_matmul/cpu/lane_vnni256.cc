@@ -50,7 +50,7 @@ constexpr Lane kLane{kName,
                      gather,
                      encode,
                      /*expand=*/nullptr,
-                     each_strip<vnni_dot<Vector>>,
+                     vnni_dot<Vector>,
                      {epilogue<Ymm, float>, epilogue<Ymm, Half>, epilogue<Ymm, BFloat>}};
 
 }  // namespace

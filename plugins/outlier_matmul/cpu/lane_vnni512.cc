@@ -17,7 +17,7 @@ constexpr Lane kLane{"avx512vnni",
                      gather_wide,
                      encode,
                      /*expand=*/nullptr,
-                     each_strip<vnni_dot<ZmmSums>>,
+                     vnni_dot<ZmmSums>,
                      {epilogue<Zmm, float>, epilogue<Zmm, Half>, epilogue<Zmm, BFloat>}};
 
 }  // namespace

@@ -8,8 +8,8 @@
 namespace qpipe::outlier_matmul {
 namespace {
 
-constexpr int64_t kTileSums = 1024;        // of a tile, at most: 4 KiB of the first-level cache
-constexpr int64_t kTileStrips = 16;        // of a tile, at most
+constexpr int64_t kTileStrips = 16;        // y is written 1 KiB at a time
+constexpr int64_t kMostTileRows = 32;
 constexpr int64_t kTaskRows = 256;         // of a task, at most
 constexpr int64_t kBlockRows = 256;        // quantized before they are multiplied, at least
 constexpr int64_t kBlockBytes = 1 << 20;   // of codes, unless that is fewer rows: they stay in the second-level cache
@@ -184,17 +184,16 @@ void Run::multiply_task(size_t task) {
     const int64_t index = static_cast<int64_t>(task), row_tasks = divide_up(rows, tasks.rows);
     const int64_t first = index / row_tasks * tasks.strips, m0 = index % row_tasks * tasks.rows;
     const int64_t last = std::min(first + tasks.strips, weights.columns / kStripColumns);
-    const int64_t end = std::min(m0 + tasks.rows, rows), height = std::min(lane.rows, end - m0);
-    const int64_t strips = std::clamp(kTileSums / (height * kStripColumns), int64_t{1}, kTileStrips);
+    const int64_t end = std::min(m0 + tasks.rows, rows), height = std::min({lane.rows, kMostTileRows, end - m0});
     for (int64_t m = m0; m < end; m += height) {
-        for (int64_t strip = first; strip < last; strip += strips) {
-            multiply_tile(strip, std::min(strips, last - strip), m, std::min(height, end - m));
+        for (int64_t strip = first; strip < last; strip += kTileStrips) {
+            multiply_tile(strip, std::min(kTileStrips, last - strip), m, std::min(height, end - m));
         }
     }
 }
 
 void Run::multiply_tile(int64_t strip, int64_t strips, int64_t m0, int64_t height) {
-    alignas(64) int32_t sums[kTileSums];
+    alignas(64) int32_t sums[kMostTileRows * kTileStrips * kStripColumns];
     const int64_t quads = weights.depth / kQuad, n0 = strip * kStripColumns;
     const int64_t sums_stride = strips * kStripColumns, columns = std::min(sums_stride, extents.outputs - n0);
     const size_t row_bytes = static_cast<size_t>(extents.outputs) * element_size(type);

@@ -75,13 +75,17 @@ class SmoothQuant:
 
 def search(errors: LayerErrors) -> F32:
     """Return the ``channel_scale`` [in] that `SmoothQuant` without an alpha finds for a layer."""
-    x_amax, w_amax = errors.x_amax.astype(np.float64), errors.w_amax.astype(np.float64)
-    unscaled = np.ones(len(x_amax), np.float32)
-    ceilings = [unscaled, *(below(x_amax, w_amax, float(c)) for c in _CEILINGS)]
-    powers = [_migrate(x_amax, w_amax, float(a)) for a in _ALPHAS]
+    ceilings, powers = both_series(errors)
     best, error = _lowest(ceilings, errors, _FIRST_CEILING)
     other, other_error = _lowest(powers, errors, _FIRST_ALPHA, _FAR * error)
     return best if error <= other_error else other
+
+
+def both_series(errors: LayerErrors) -> tuple[list[F32], list[F32]]:
+    """Return the scales [in] that may be chosen for a layer: by ceilings, from none on, and by powers of magnitudes."""
+    x_amax, w_amax = errors.x_amax.astype(np.float64), errors.w_amax.astype(np.float64)
+    ceilings = [np.ones(len(x_amax), np.float32), *(below(x_amax, w_amax, float(c)) for c in _CEILINGS)]
+    return ceilings, [_migrate(x_amax, w_amax, float(a)) for a in _ALPHAS]
 
 
 def _lowest(scales: list[F32], errors: LayerErrors, start: int, enough: float = math.inf) -> tuple[F32, float]:

@@ -273,7 +273,8 @@ def _stats_of(tensor: gs.Tensor, layout: Layout, name: str, calibration: Calibra
 def _scale(candidate: Candidate, name: str) -> Array:
     """Return the channel scale [in] of one tensor, 1 throughout where it does not pay."""
     first, stats = candidate.readers[0], candidate.stats
-    matrix = np.concatenate([reader.matrix() for reader in candidate.readers])
+    parts = [reader.matrix() for reader in candidate.readers]
+    matrix = parts[0] if len(parts) == 1 else np.concatenate(parts)
     if name != AUTO:
         return np.asarray(EQUALIZERS.resolve(name)(matrix, first.spec, stats, first.x_spec), dtype=np.float32)
     errors = LayerErrors(matrix, first.spec, stats, first.x_spec)

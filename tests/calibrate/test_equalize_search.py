@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from qpipe.calibrate.equalize import EQUALIZERS, LIMIT, error_parts, output_error
 from qpipe.calibrate.equalize.awq import Awq
 from qpipe.calibrate.equalize.layer_errors import LayerErrors
-from qpipe.calibrate.equalize.smoothquant import WEIGHT_ERROR, SmoothQuant, below
+from qpipe.calibrate.equalize.smoothquant import WEIGHT_ERROR, SmoothQuant, below, both_series
 from qpipe.calibrate.errors import DataError, RecipeError
 from qpipe.calibrate.formats import FORMATS
 from qpipe.calibrate.granularity import PER_TENSOR, per_block, per_channel
@@ -132,10 +132,7 @@ def test_errors_of_a_layer_are_those_of_its_rounded_weight(spec, x_spec, order):
 def test_following_falling_errors_finds_the_best_of_all(outliers, out):
     w, _, stats = layer(outliers, seed=3, out=out)
     errors = LayerErrors(w, W8, stats, X8)
-    shares = [float("inf"), *2.0 ** -np.arange(0.5, 4.1, 0.5)]
-    amax = [a.astype(np.float64) for a in (errors.x_amax, errors.w_amax)]
-    every = [below(*amax, share) for share in shares]
-    every += [SmoothQuant(alpha=float(a))(w, W8, stats, X8) for a in np.linspace(0, 1, 21)]
+    every = [scale for series in both_series(errors) for scale in series]
     smallest = min(errors.total(s, WEIGHT_ERROR) for s in every)
     # Where channels differ little, so do the errors, and they waver: by less than what is worth a search.
     allowed = 1.0 if max(outliers, default=0) > 5 else 1.005

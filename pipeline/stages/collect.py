@@ -57,14 +57,15 @@ class CollectOptions:
         sentinel: Magnitude from which finite values are masks: counted apart, never in a range.
         allow_nonfinite: Accept any number of NaN and infinities.
         device: ``"cpu"``, ``"cuda"`` or ``"auto"``.
-        threads: Threads per process, None for ONNX Runtime's choice.
+        threads: Threads per process, None for ONNX Runtime's choice. Several batches share them side by side.
         workers: Processes; more than 1 needs joblib. On a cluster the model must be a path that all machines read.
         cluster: ``"dask:ADDRESS"``, ``"ray"`` or ``"ray:ADDRESS"``; None for this machine, or for what the caller has
             chosen with ``joblib.parallel_config``.
         native: Count inside the graph where the plugin library is built; the result is the same without.
         op_libraries: Libraries of custom operators that the model needs.
         max_memory: Refuse a model that makes a tensor of more bytes; None for the machine's memory.
-        batch_bytes: Split batches whose activations take more, where the model's batch axis is free.
+        batch_bytes: Bytes of activations held at a time, by all batches under way together. Batches that alone would
+            hand out over a quarter of it are split, where the model's batch axis is free.
         random: Remember in the statistics that the data means nothing.
         checkpoints: None for nothing saved.
         identity: The model that the statistics are for, where that is not the one that runs.

@@ -9,8 +9,10 @@ round after round, so that a change of clock speed or a neighbour's load falls o
 Products of few rows stand several times in one graph, each with weights of its own, where the weights are small: one
 call of a session from Python costs as much as one of them.
 
-``--lane`` forces the plugin's instruction set. ONNX Runtime's cannot be forced: with a lower lane than it takes itself
-the ratios say how lanes compare, not how libraries do.
+``--lane`` forces the plugin's instruction set, not ONNX Runtime's: the ratios then say how lanes compare, not how
+libraries do. With AVX2 both can be compared anywhere:
+
+    python tests/bench/avx2_only.py python tests/bench/outlier_matmul.py --threads 1 --clock cpu
 
 ``--break-even`` measures small products, and ONNX Runtime's int8 with a static scale beside them: from which number of
 inputs on OutlierMatMul (`OutlierOptions.min_inputs`) and static scales (`STATIC_FROM`) are faster than float.

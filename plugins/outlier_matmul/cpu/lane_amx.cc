@@ -97,6 +97,7 @@ void dot(const TileTask& t) {
 
 constexpr Lane kLane{"amx",
                      /*rows=*/32,
+                     /*sums=*/8192,
                      kTileDepth,
                      {widen_float, widen_half, widen_bfloat},
                      gather_wide,

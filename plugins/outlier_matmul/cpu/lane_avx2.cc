@@ -74,14 +74,11 @@ void block(const StripTask& t, int64_t m0) {
         }
     };
     int64_t j = 0;
-    for (; j + 2 <= t.safe; j += 2, w += 2 * kStripColumns * kQuad) {
-        add_quad(w, t.order[j]);
-        add_quad(w + kStripColumns * kQuad, t.order[j + 1]);
+    for (; j + 4 <= t.safe; j += 4, w += 4 * kStripColumns * kQuad) {
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < 4; ++i) add_quad(w + i * kStripColumns * kQuad, t.order[j + i]);
     }
-    if (j < t.safe) {
-        add_quad(w, t.order[j]);
-        w += kStripColumns * kQuad;
-    }
+    for (; j < t.safe; ++j, w += kStripColumns * kQuad) add_quad(w, t.order[j]);
 #pragma GCC unroll 4
     for (int m = 0; m < Rows; ++m) keep(sum[m][0], sum[m][1]);
     for (j = t.safe; j < t.quads; ++j, w += kStripColumns * kQuad) {
@@ -117,6 +114,7 @@ void dot(const StripTask& t) {
 
 constexpr Lane kLane{"avx2",
                      /*rows=*/8,
+                     /*sums=*/1024,
                      /*depth=*/16,
                      {widen_float, widen_half, widen_bfloat},
                      gather,

@@ -75,6 +75,7 @@ void epilogue(const EpilogueTask& task) {
 
 constexpr Lane kLane{"scalar",
                      /*rows=*/16,
+                     /*sums=*/1024,
                      /*depth=*/16,
                      {widen_float, widen_words<half_to_float>, widen_words<bfloat_to_float>},
                      gather,

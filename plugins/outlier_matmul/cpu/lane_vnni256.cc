@@ -45,6 +45,7 @@ constexpr const char* kName = "avxvnni";
 
 constexpr Lane kLane{kName,
                      /*rows=*/24,
+                     /*sums=*/1024,
                      /*depth=*/16,
                      {widen_float, widen_half, widen_bfloat},
                      gather,

@@ -12,6 +12,7 @@ namespace {
 
 constexpr Lane kLane{"avx512vnni",
                      /*rows=*/24,
+                     /*sums=*/1024,
                      /*depth=*/16,
                      {widen_float, widen_half, widen_bfloat},
                      gather_wide,

@@ -106,7 +106,8 @@ struct Gathered {
 
 struct Lane {
     const char* name;
-    int64_t rows;   // of a tile
+    int64_t rows;   // of a tile, at most 32
+    int64_t sums;   // of a tile: few, and y is written while the next product runs; AMX itself wants many columns
     int64_t depth;  // a strip's inputs are padded to a multiple of it
     // Elements to float32, without loss.
     void (*widen[kElementTypes])(const void* x, int64_t count, float* out);

@@ -8,7 +8,7 @@
 namespace qpipe::outlier_matmul {
 namespace {
 
-constexpr int64_t kTileStrips = 16;        // y is written 1 KiB at a time
+constexpr int64_t kTileStrips = 16;        // of a tile, at most
 constexpr int64_t kMostTileRows = 32;
 constexpr int64_t kTaskRows = 256;         // of a task, at most
 constexpr int64_t kBlockRows = 256;        // quantized before they are multiplied, at least
@@ -185,9 +185,10 @@ void Run::multiply_task(size_t task) {
     const int64_t first = index / row_tasks * tasks.strips, m0 = index % row_tasks * tasks.rows;
     const int64_t last = std::min(first + tasks.strips, weights.columns / kStripColumns);
     const int64_t end = std::min(m0 + tasks.rows, rows), height = std::min({lane.rows, kMostTileRows, end - m0});
+    const int64_t strips = std::clamp(lane.sums / (height * kStripColumns), int64_t{1}, kTileStrips);
     for (int64_t m = m0; m < end; m += height) {
-        for (int64_t strip = first; strip < last; strip += kTileStrips) {
-            multiply_tile(strip, std::min(kTileStrips, last - strip), m, std::min(height, end - m));
+        for (int64_t strip = first; strip < last; strip += strips) {
+            multiply_tile(strip, std::min(strips, last - strip), m, std::min(height, end - m));
         }
     }
 }

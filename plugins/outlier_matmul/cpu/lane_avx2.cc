@@ -115,7 +115,7 @@ void dot(const StripTask& t) {
 constexpr Lane kLane{"avx2",
                      /*rows=*/8,
                      /*sums=*/1024,
-                     /*depth=*/16,
+                     /*depth=*/4,
                      {widen_float, widen_half, widen_bfloat},
                      gather,
                      encode,

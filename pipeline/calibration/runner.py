@@ -109,7 +109,7 @@ class Runner:
         for name, array, is_output in self._probe.run(batch):
             if is_output:
                 self._judge_output(name, array)
-            elif array.size >= _LARGE:  # numpy counts without holding Python's lock
+            elif array.size >= _LARGE:  # most of what counting takes runs without Python's lock
                 counting.append(self._counters.submit(self._count, name, array, observers))
             else:
                 sums |= self._count(name, array, observers)

@@ -75,9 +75,10 @@ def _merged(names: set[str], calibration: Calibration) -> Histogram:
 
 def _solve_one(histogram: Histogram, spec: Spec, method: str) -> Solved:
     # Of two values none can be spared: so few are the ends of a range, as of an equalized tensor.
-    chosen = resolve(method if histogram.finite > 2 else "minmax")
+    name = method if histogram.finite > 2 else "minmax"
+    chosen = resolve(name)
     if isinstance(chosen, Auto):
         name, rng = choose(histogram, spec, chosen.tolerance)
     else:
-        name, rng = method if histogram.finite > 2 else "minmax", chosen(histogram, spec)
+        rng = chosen(histogram, spec)
     return Solved(range=rng, params=params_from_range(rng, spec), method=name)
